@@ -1,0 +1,95 @@
+// maxva::grad_norm for CPU tensors: the global norm by the rule of norm.h, and the query of the instruction set.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <string>
+
+#include "cpu/kernels.h"
+#include "cpu/tensors.h"
+#include "operands.h"
+
+namespace maxva::cpu {
+namespace {
+
+struct Chunk {
+  const char* data;
+  DType dtype;
+  int64_t count;
+};
+
+// The chunks' sums, reduced by the rule that reduced each chunk.
+template <typename T>
+SumOfSquares<T> reduce(const std::vector<SumOfSquares<T>>& sums) {
+  std::vector<SumOfSquares<T>> lanes(kNormLanes, SumOfSquares<T>{0, 0, 0});
+  const auto add = [](SumOfSquares<T>& to, const SumOfSquares<T>& from) {
+    to.large += from.large;
+    to.medium += from.medium;
+    to.small += from.small;
+  };
+  for (size_t i = 0; i < sums.size(); ++i) {
+    add(lanes[i % kNormLanes], sums[i]);
+  }
+  for (int64_t stride = kNormLanes / 2; stride > 0; stride /= 2) {
+    for (int64_t lane = 0; lane < stride; ++lane) {
+      add(lanes[lane], lanes[lane + stride]);
+    }
+  }
+  return lanes[0];
+}
+
+template <typename T>
+T global_norm(const std::vector<Chunk>& chunks, SumOfSquares<T> (*sum_of_squares)(const void*, DType, int64_t)) {
+  std::vector<SumOfSquares<T>> sums(chunks.size());
+  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      sums[i] = sum_of_squares(chunks[i].data, chunks[i].dtype, chunks[i].count);
+    }
+  });
+  return root(reduce(sums));
+}
+
+Tensor grad_norm_cpu(std::vector<Tensor> grads) {
+  STD_TORCH_CHECK(!grads.empty(), "maxva: grads is empty; pass at least one tensor");
+  std::vector<Tensor> flat;
+  std::vector<Chunk> chunks;
+  bool any_double = false;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    check_like(grads[i], {"grads", &grads}, i, grads[i], nullptr, false);
+    any_double = any_double || grads[i].scalar_type() == ScalarType::Double;
+  }
+  for (const Tensor& grad : grads) {
+    if (grad.numel() == 0) {
+      continue;
+    }
+    const Tensor& elements = flat.emplace_back(dense(grad));
+    const char* data = static_cast<const char*>(elements.const_data_ptr());
+    for (int64_t start = 0, size = grad.element_size(); start < grad.numel(); start += kNormChunk) {
+      chunks.push_back({data + start * size, dtype_of(grad), std::min(kNormChunk, grad.numel() - start)});
+    }
+  }
+  Tensor norm = torch::stable::new_empty(grads[0], {}, any_double ? ScalarType::Double : ScalarType::Float);
+  if (any_double) {
+    *static_cast<double*>(norm.mutable_data_ptr()) = global_norm<double>(chunks, kernels().sum_of_squares_double);
+  } else {
+    *static_cast<float*>(norm.mutable_data_ptr()) = global_norm<float>(chunks, kernels().sum_of_squares);
+  }
+  return norm;
+}
+
+std::string cpu_capability() {
+  return kernels().capability;
+}
+
+}  // namespace
+}  // namespace maxva::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(maxva, CPU, m) {
+  m.impl("grad_norm", TORCH_BOX(&maxva::cpu::grad_norm_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(maxva, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&maxva::cpu::cpu_capability));
+}

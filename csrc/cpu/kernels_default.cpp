@@ -1,0 +1,9 @@
+// The kernels for the compiler's baseline (any architecture). See Note [One source, several instruction sets].
+#include <type_traits>
+
+#include "cpu/kernels.h"
+#include "cpu/kernels.inc"
+
+namespace maxva::cpu {
+extern const Kernels kKernelsDefault{"DEFAULT", step, sum_of_squares<float>, sum_of_squares<double>};
+}

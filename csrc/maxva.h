@@ -1,0 +1,234 @@
+// MaxVA (arXiv 2006.11918), one coordinate at a time: the only place in C++ where beta is computed.
+// Plain scalar code for host and device; it knows neither torch nor memory. The CPU kernel vectorises it, the CUDA
+// kernel runs it per thread.
+//
+// Note [Centred moments]
+// The paper keeps u~, v~ and w and computes sigma^2 = v~/w - (u~/w)^2 in Eq. 6. In fp32 that difference cancels: where
+// the gradient's mean exceeds its deviation, v is wrong by percents, and by orders of magnitude once squared gradients
+// near the constant that guards the denominator. We keep the bias-corrected mean u, the central second moment
+// s = sigma^2 and w. With d = g - u, r = d^2 and q = (1 - beta) / w_new, the weight of g in the corrected averages, the
+// paper's three recurrences become
+//     u <- u + q d      s <- (1-q) (s + q r)      w <- w / ((1-q) + q w)      v = s + u^2
+// and Eq. 6 becomes q = (1 - s/r) / 2 for every w (the maximum of (1-q)(s + q r)), clipped to
+//     q_min = (1-b) / ((1-b) + b w) with b the upper bound of beta, and q_max likewise with the lower bound.
+// Nothing nearly equal is subtracted, no constant sets a scale, and s cannot become negative.
+//
+// Note [Same bits everywhere]
+// Only IEEE multiply, add, divide, square root, comparisons and integer operations occur, and every build forbids
+// contraction into fused multiply-adds. So CPU, CUDA and Triton, every instruction set and every thread count give the
+// same bits. Selections are written so that a NaN takes the side that the comment beside them names.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define MAXVA_FN __host__ __device__ __forceinline__
+#else
+// Internal linkage: each instruction set's translation unit must keep its own copy (see cpu/kernels.h).
+#define MAXVA_FN [[gnu::always_inline]] static inline
+#endif
+
+namespace maxva {
+
+enum class Algorithm : int { kMAdam, kLaMAdam };
+
+// Where eps stands: beside sqrt(v~), as in line 12 of Algorithm 1, or beside the bias-corrected sqrt(v), as in Adam.
+enum class EpsMode : int { kPaper, kAdam };
+
+// What a parameter group fixes, in the arithmetic's type T (float; double for float64 parameters).
+template <typename T>
+struct Hyperparameters {
+  T lr;
+  T eps;
+  T weight_decay;
+  T alpha;  // beta1 of the Python interface: the coefficient of the momentum
+  T one_minus_alpha;
+  uint64_t alpha_bits;  // alpha as a 64-bit binary fraction, see bias_correction
+  T beta_upper, one_minus_beta_upper;
+  T beta_lower, one_minus_beta_lower;
+  T first_weight;  // 1 - beta2_init: the weight of the first gradient (Eq. 7)
+  T saturation;  // w is set to 1 once 1 - w is at most this
+  bool decoupled_weight_decay;
+};
+
+// What one tensor's step needs.
+template <typename T>
+struct Coefficients {
+  T grad_factor;  // unscale, clip and maximize in one: +-clip / grad_scale
+  T alpha, one_minus_alpha;
+  T beta_upper, one_minus_beta_upper;
+  T beta_lower, one_minus_beta_lower;
+  T first_weight, saturation;
+  T eps;
+  T step_size;  // lr / (1 - alpha^t)
+  T decay;  // lr * weight_decay, or 0 where it is not decoupled
+  T l2;  // weight_decay added to the gradient, or 0 where it is decoupled
+};
+
+// The bounds of beta enter as 1 - beta, rounded once from double; beta is the exact complement of that, so that their
+// sum is exactly 1 and a saturated w stays 1.
+template <typename T>
+inline Hyperparameters<T> make_hyperparameters(
+    double lr,
+    double alpha,
+    double beta_lower,
+    double beta_upper,
+    double beta_init,
+    double eps,
+    double weight_decay,
+    bool decoupled_weight_decay) {
+  constexpr bool kDouble = sizeof(T) == sizeof(double);
+  const double half_ulp = std::numeric_limits<T>::epsilon() / 2.0;
+  const double most = kDouble ? 0x1p-43 : 0x1p-14;
+  const double stall = beta_upper < 1 ? half_ulp / (1 - beta_upper) : most;
+  Hyperparameters<T> h{};
+  h.lr = T(lr);
+  h.eps = T(eps);
+  h.weight_decay = T(weight_decay);
+  h.alpha = T(alpha);
+  h.one_minus_alpha = T(1 - alpha);
+  h.alpha_bits = static_cast<uint64_t>(std::ldexp(alpha, 64));
+  h.one_minus_beta_upper = T(1 - beta_upper);
+  h.beta_upper = T(1) - h.one_minus_beta_upper;
+  h.one_minus_beta_lower = T(1 - beta_lower);
+  h.beta_lower = T(1) - h.one_minus_beta_lower;
+  h.first_weight = T(1 - beta_init);
+  h.saturation = T(stall < most ? stall : most);
+  h.decoupled_weight_decay = decoupled_weight_decay;
+  return h;
+}
+
+MAXVA_FN uint64_t multiply_high(uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umul64hi(a, b);
+#else
+  const uint64_t a0 = a & 0xffffffffu, a1 = a >> 32, b0 = b & 0xffffffffu, b1 = b >> 32;
+  const uint64_t middle = a1 * b0 + (a0 * b0 >> 32);
+  const uint64_t carry = a0 * b1 + (middle & 0xffffffffu);
+  return a1 * b1 + (middle >> 32) + (carry >> 32);
+#endif
+}
+
+// 1 - alpha^step for step >= 1. Integer arithmetic on 64-bit fractions: within step * 2^-64 of the truth, and the same
+// bits on host and device, which pow() does not promise.
+template <typename T>
+MAXVA_FN T bias_correction(uint64_t alpha_bits, int64_t step) {
+  uint64_t power = 0;  // alpha^step; 0 stands for the empty product until the first factor
+  bool empty = true;
+  for (uint64_t base = alpha_bits, n = static_cast<uint64_t>(step); n != 0; n >>= 1) {
+    if (n & 1) {
+      power = empty ? base : multiply_high(power, base);
+      empty = false;
+    }
+    base = multiply_high(base, base);
+  }
+  return power == 0 ? T(1) : static_cast<T>(uint64_t(0) - power) * T(0x1p-64);
+}
+
+// +-min(1, max_grad_norm / norm) / grad_scale, where norm is that of the gradients as they stand (still scaled).
+// max_grad_norm < 0: no clip. A NaN norm gives a NaN factor, as torch.nn.utils.clip_grad_norm_ does.
+template <typename T>
+MAXVA_FN T grad_factor(T grad_scale, T norm, T max_grad_norm, bool maximize) {
+  const T inverse = T(1) / grad_scale;
+  T factor = inverse;
+  if (!(max_grad_norm < T(0))) {
+    const T clip = max_grad_norm / (norm * inverse);
+    factor = clip >= T(1) ? inverse : inverse * clip;
+  }
+  return maximize ? -factor : factor;
+}
+
+template <typename T>
+MAXVA_FN Coefficients<T> make_coefficients(const Hyperparameters<T>& h, int64_t step, T grad_factor) {
+  Coefficients<T> c;
+  c.grad_factor = grad_factor;
+  c.alpha = h.alpha;
+  c.one_minus_alpha = h.one_minus_alpha;
+  c.beta_upper = h.beta_upper;
+  c.one_minus_beta_upper = h.one_minus_beta_upper;
+  c.beta_lower = h.beta_lower;
+  c.one_minus_beta_lower = h.one_minus_beta_lower;
+  c.first_weight = h.first_weight;
+  c.saturation = h.saturation;
+  c.eps = h.eps;
+  c.step_size = h.lr / bias_correction<T>(h.alpha_bits, step);
+  c.decay = h.decoupled_weight_decay ? h.lr * h.weight_decay : T(0);
+  c.l2 = h.decoupled_weight_decay ? T(0) : h.weight_decay;
+  return c;
+}
+
+// What would be stored below the smallest normal number is stored as 0: a coordinate long without gradient would
+// otherwise decay into subnormals, on which CPUs crawl. Explicit, so that every backend does the same. NaN stays.
+template <typename T>
+MAXVA_FN T flush_subnormal(T x) {
+  const T magnitude = x < T(0) ? -x : x;
+  return magnitude < std::numeric_limits<T>::min() ? T(0) : x;
+}
+
+// One MaxVA update of the centred moments (Eq. 6 and lines 7 to 11 of Algorithm 1; see Note [Centred moments]).
+// w == 0 marks a coordinate before its first gradient, whose weight is Eq. 7's.
+template <typename T>
+MAXVA_FN void update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c) {
+  const T d = g - u;
+  const T r = d * d;
+  const T h = T(0.5) - T(0.5) * (s / r);  // the maximiser; NaN where s = r = 0, -inf where only r = 0
+
+  // q is n/d of the bound, or h, and then w follows by a division: one division serves both.
+  const bool first = w == T(0);
+  const T lightest = first ? c.first_weight : c.one_minus_beta_upper;
+  const T lightest_w = first ? c.first_weight : c.one_minus_beta_upper + c.beta_upper * w;
+  const T heaviest = c.one_minus_beta_lower;
+  const T heaviest_w = c.one_minus_beta_lower + c.beta_lower * w;
+  const bool at_upper = !(h * lightest_w > lightest);  // beta at its upper bound, q = q_min; a NaN comes here
+  const bool at_lower = h * heaviest_w > heaviest;
+  const bool at_bound = at_upper || at_lower;
+  const T numerator = at_upper ? lightest : at_lower ? heaviest : w;
+  const T denominator = at_upper ? lightest_w : at_lower ? heaviest_w : (T(1) - h) + h * w;
+  const T quotient = numerator / denominator;
+  const T q = at_bound ? quotient : h;
+  const T w_new = at_bound ? denominator : quotient;
+
+  const T p = T(1) - q;
+  const T e = q * d;
+  u = flush_subnormal(u + e);
+  s = flush_subnormal(p * s + (p * e) * d);  // in this order q = 0 or p = 0 wins over a square that overflows
+  w = T(1) - w_new <= c.saturation ? T(1) : w_new;
+}
+
+// One step of one coordinate: parameter p, gradient g as stored, momentum m, moments u, s, w, and with AMSGrad the
+// running maximum x of the bias-corrected sqrt(v).
+template <Algorithm kAlgorithm, EpsMode kEps, bool kAmsgrad, typename T>
+MAXVA_FN void update(T& p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients<T>& c) {
+  g = g * c.grad_factor;
+  g = c.l2 == T(0) ? g : g + c.l2 * p;
+  update_moments(g, u, s, w, c);
+
+  T root_v = std::sqrt(s + u * u);
+  if constexpr (kAmsgrad) {
+    root_v = root_v <= x ? x : root_v;  // a NaN is kept
+    x = root_v;
+  }
+  // sqrt(w) y / (sqrt(v~) + eps) with v~ = w v, or y / (sqrt(v) + eps)
+  auto normalise = [&](T y) {
+    if constexpr (kEps == EpsMode::kPaper) {
+      const T root_w = std::sqrt(w);
+      return (root_w * y) / (root_w * root_v + c.eps);
+    } else {
+      return y / (root_v + c.eps);
+    }
+  };
+  T direction;
+  if constexpr (kAlgorithm == Algorithm::kMAdam) {
+    m = flush_subnormal(c.alpha * m + c.one_minus_alpha * g);
+    direction = normalise(m);
+  } else {
+    m = flush_subnormal(c.alpha * m + c.one_minus_alpha * normalise(g));
+    direction = m;
+  }
+  const T decayed = c.decay == T(0) ? T(0) : c.decay * p;
+  p = p - (decayed + c.step_size * direction);
+}
+
+}  // namespace maxva

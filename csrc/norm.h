@@ -1,0 +1,64 @@
+// The sum of squares behind the gradient's global norm, in one fixed order and without overflow or underflow.
+//
+// Note [Deterministic norm]
+// Each tensor is cut into chunks of kNormChunk elements. Element i of a chunk belongs to lane i % kNormLanes; a lane
+// adds its elements in order, the lanes are added pairwise (lane j += lane j + stride, stride = kNormLanes/2 ... 1), and
+// the chunks' sums, in the order of the tensors, are reduced once more by the same rule. Which thread computes a lane
+// does not matter, so the result depends neither on threads, nor on vector width, nor on the backend.
+//
+// Squares of finite values may overflow or vanish, so each lane keeps three sums (J. L. Blue, ACM TOMS 4, 1978):
+// large and small values are scaled by a power of two before they are squared.
+#pragma once
+
+#include "maxva.h"
+
+namespace maxva {
+
+constexpr int64_t kNormLanes = 1024;
+constexpr int64_t kNormChunk = 16 * kNormLanes;
+
+template <typename T>
+struct NormScale;
+template <>
+struct NormScale<float> {
+  static constexpr float kLarge = 0x1p44f, kSmall = 0x1p-44f;  // squares of what lies between are summed as they are
+  static constexpr float kDown = 0x1p-84f, kUp = 0x1p84f;  // applied before squaring
+};
+template <>
+struct NormScale<double> {
+  static constexpr double kLarge = 0x1p400, kSmall = 0x1p-400;
+  static constexpr double kDown = 0x1p-560, kUp = 0x1p560;
+};
+
+template <typename T>
+struct SumOfSquares {
+  T large, medium, small;
+};
+
+// Adds g^2 to one of the three sums; a NaN goes to medium, an infinity to large.
+template <typename T>
+MAXVA_FN void add_square(T g, T& large, T& medium, T& small) {
+  using S = NormScale<T>;
+  const T a = g < T(0) ? -g : g;
+  const bool is_large = a >= S::kLarge, is_small = a < S::kSmall;
+  const T down = is_large ? a * S::kDown : T(0);
+  const T up = is_small ? a * S::kUp : T(0);
+  const T middle = is_large || is_small ? T(0) : a;
+  large += down * down;
+  medium += middle * middle;
+  small += up * up;
+}
+
+template <typename T>
+MAXVA_FN T root(const SumOfSquares<T>& sum) {
+  using S = NormScale<T>;
+  if (sum.large > T(0)) {
+    return std::sqrt(sum.large + (sum.medium * S::kDown) * S::kDown) / S::kDown;
+  }
+  if (sum.medium == T(0)) {
+    return std::sqrt(sum.small) / S::kUp;
+  }
+  return std::sqrt(sum.medium + (sum.small / S::kUp) / S::kUp);  // also where medium is NaN
+}
+
+}  // namespace maxva

@@ -1,0 +1,234 @@
+#include "operands.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <sstream>
+
+namespace maxva {
+namespace {
+
+using torch::headeronly::IntHeaderOnlyArrayRef;
+using torch::headeronly::Layout;
+
+std::string list_of(IntHeaderOnlyArrayRef values) {
+  std::ostringstream out;
+  out << '[';
+  for (size_t i = 0; i < values.size(); ++i) {
+    out << (i == 0 ? "" : ", ") << values[i];
+  }
+  out << ']';
+  return out.str();
+}
+
+std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return "torch.float32";
+    case ScalarType::Double:
+      return "torch.float64";
+    case ScalarType::Half:
+      return "torch.float16";
+    case ScalarType::BFloat16:
+      return "torch.bfloat16";
+    case ScalarType::Long:
+      return "torch.int64";
+    default:
+      return torch::headeronly::toString(dtype);
+  }
+}
+
+bool is_strided(const Tensor& tensor) {
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(tensor.get(), &layout));
+  return layout == aoti_torch_layout_strided();
+}
+
+int32_t device_type(const Tensor& tensor) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+  return device_type(a) == device_type(b) && a.get_device_index() == b.get_device_index();
+}
+
+bool is_supported(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+      dtype == ScalarType::Double;
+}
+
+bool same_ints(IntHeaderOnlyArrayRef a, IntHeaderOnlyArrayRef b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
+}
+
+bool same_strides(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef a, IntHeaderOnlyArrayRef b) {
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] > 1 && a[i] != b[i]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// The dimensions that have more than one entry, the one with the smallest stride first.
+std::vector<size_t> memory_order(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides) {
+  std::vector<size_t> order;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    if (sizes[i] > 1) {
+      order.push_back(i);
+    }
+  }
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
+  return order;
+}
+
+// No gaps and no overlaps: the elements are exactly `numel` places in memory.
+bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous() || tensor.numel() == 0) {
+    return true;
+  }
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t expected = 1;
+  for (size_t i : memory_order(sizes, strides)) {
+    if (strides[i] != expected) {
+      return false;
+    }
+    expected *= sizes[i];
+  }
+  return true;
+}
+
+// Sufficient for distinct places: every stride exceeds what the dimensions below it span.
+bool may_overlap(const Tensor& tensor) {
+  if (tensor.is_contiguous() || tensor.numel() == 0) {
+    return false;
+  }
+  const auto sizes = tensor.sizes(), strides = tensor.strides();
+  int64_t span = 0;
+  for (size_t i : memory_order(sizes, strides)) {
+    if (strides[i] <= span) {
+      return true;
+    }
+    span += (sizes[i] - 1) * strides[i];
+  }
+  return false;
+}
+
+std::vector<int64_t> dense_strides(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  std::vector<int64_t> strides(sizes.size(), 1);
+  int64_t stride = 1;
+  for (size_t i : memory_order(sizes, tensor.strides())) {
+    strides[i] = stride;
+    stride *= sizes[i];
+  }
+  return strides;
+}
+
+Tensor empty_strided_like(const Tensor& tensor, const int64_t* strides) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  AtenTensorHandle handle = nullptr;
+  const auto sizes = tensor.sizes();
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      tensor.dim(), sizes.data(), strides, dtype, device_type(tensor), tensor.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+}  // namespace
+
+std::string describe(const Tensor& tensor, const char* list, size_t index) {
+  std::ostringstream out;
+  out << list << '[' << index << "] (shape " << list_of(tensor.sizes()) << ", " << dtype_name(tensor.scalar_type());
+  if (is_strided(tensor)) {
+    out << ", strides " << list_of(tensor.strides());
+  }
+  if (tensor.is_cpu()) {
+    out << ", cpu)";
+  } else {
+    out << ", " << (tensor.is_cuda() ? "cuda:" : "device ") << tensor.get_device_index() << ')';
+  }
+  return out.str();
+}
+
+void check_param(const Tensor& param, const Tensor& device_of, size_t index) {
+  STD_TORCH_CHECK(
+      is_strided(param), "maxva: params[", index, "] is sparse, which is not supported; use a dense parameter");
+  const auto named = [&] { return describe(param, "params", index); };
+  STD_TORCH_CHECK(
+      is_supported(param.scalar_type()),
+      "maxva: ", named(), " must be float32, bfloat16, float16 or float64; ",
+      "for a complex parameter optimise torch.view_as_real(parameter)");
+  STD_TORCH_CHECK(
+      same_device(param, device_of),
+      "maxva: ", named(), " is on another device than ", describe(device_of, "params", 0),
+      "; pass the parameters of each device in a call of their own");
+  STD_TORCH_CHECK(
+      !may_overlap(param), "maxva: ", named(),
+      " has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()");
+}
+
+void check_like(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param, const ScalarType* required, bool written) {
+  STD_TORCH_CHECK(
+      is_strided(tensor), "maxva: ", list.name, "[", index, "] is sparse, which is not supported; ",
+      "use .to_dense(), or sparse=False where the layer that makes it has that option");
+  const auto named = [&] { return describe(tensor, list.name, index); };
+  const auto its_param = [&] { return describe(param, "params", index); };
+  const ScalarType dtype = tensor.scalar_type();
+  if (required != nullptr) {
+    STD_TORCH_CHECK(
+        dtype == *required, "maxva: ", named(), " must be ", dtype_name(*required), " as the state of ", its_param(),
+        "; was a checkpoint loaded in another dtype?");
+  } else {
+    STD_TORCH_CHECK(
+        is_supported(dtype), "maxva: ", named(), " must be float32, bfloat16, float16 or float64 beside ", its_param());
+  }
+  STD_TORCH_CHECK(
+      same_ints(tensor.sizes(), param.sizes()), "maxva: ", named(), " must have the shape of ", its_param());
+  STD_TORCH_CHECK(
+      same_device(tensor, param), "maxva: ", named(), " must be on the device of ", its_param(), "; move it there");
+  STD_TORCH_CHECK(
+      !written || !may_overlap(tensor), "maxva: ", named(),
+      " has elements that share memory (an expanded tensor?); use .clone()");
+}
+
+FlatOperands::FlatOperands(const Tensor& param) : param_(param) {
+  if (!is_dense(param)) {
+    strides_ = dense_strides(param);
+  }
+}
+
+void* FlatOperands::data(const Tensor& tensor, bool written) {
+  const IntHeaderOnlyArrayRef common = strides_.empty() ? param_.strides() : IntHeaderOnlyArrayRef(strides_);
+  if (tensor.numel() == 0 || same_strides(tensor.sizes(), tensor.strides(), common)) {
+    return written ? tensor.mutable_data_ptr() : const_cast<void*>(tensor.const_data_ptr());
+  }
+  Copy copy{empty_strided_like(tensor, common.data()), tensor, written};
+  torch::stable::copy_(copy.temporary, tensor);
+  copies_.push_back(copy);
+  return copy.temporary.mutable_data_ptr();
+}
+
+void FlatOperands::write_back() {
+  for (Copy& copy : copies_) {
+    if (copy.written) {
+      torch::stable::copy_(copy.original, copy.temporary);
+    }
+  }
+}
+
+Tensor dense(const Tensor& tensor) {
+  if (is_dense(tensor)) {
+    return tensor;
+  }
+  Tensor temporary = empty_strided_like(tensor, dense_strides(tensor).data());
+  torch::stable::copy_(temporary, tensor);
+  return temporary;
+}
+
+}  // namespace maxva

@@ -1,0 +1,70 @@
+// From torch tensors to flat operands: what every backend's binding does before its kernel runs. Checks come first and
+// change nothing; their messages name the tensor and say what to do.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace maxva {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// "grads[3] (shape [2, 3], torch.float32, strides [3, 1], cpu)"
+std::string describe(const Tensor& tensor, const char* list, size_t index);
+
+// The tensors of one parameter's step, in the order of the schema.
+enum class Role : int { kParam, kGrad, kExpAvg, kGradMean, kGradVar, kWeightSum, kMaxDenom };
+constexpr int kRoles = 7;
+
+// A list of the schema with its name, for messages.
+struct NamedList {
+  const char* name;
+  const std::vector<Tensor>* tensors;
+};
+
+// Raises unless `param` is a dense-layout floating-point tensor without overlapping memory on `device_of`'s device.
+void check_param(const Tensor& param, const Tensor& device_of, size_t index);
+
+// Raises unless `tensor` has the parameter's shape and device and a floating-point dtype; `required`: exactly that one.
+void check_like(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param, const ScalarType* required, bool written);
+
+// The dtype of a parameter's state and of its arithmetic.
+inline ScalarType state_dtype(ScalarType param) {
+  return param == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Note [Layouts]
+// A kernel sees a parameter as `numel` elements in memory order, so all operands of one parameter must agree on that
+// order. They nearly always do: state is allocated like the parameter, and autograd gives gradients its strides. Where
+// one does not (a transposed gradient, a parameter that is a slice of something), it is copied into the common layout
+// and, if the kernel writes it, copied back: such tensors pay, no other does.
+class FlatOperands {
+ public:
+  // Adopts `param`'s layout if it is dense, or else a dense one in the same order of dimensions.
+  explicit FlatOperands(const Tensor& param);
+
+  // The data of `tensor` in the common layout.
+  void* data(const Tensor& tensor, bool written);
+
+  // Copies back what the kernel wrote into temporaries.
+  void write_back();
+
+ private:
+  struct Copy {
+    Tensor temporary, original;
+    bool written;
+  };
+  std::vector<int64_t> strides_;  // empty while the parameter's own can be used
+  const Tensor& param_;
+  std::vector<Copy> copies_;
+};
+
+// A tensor's elements in some dense memory order; a copy only where the tensor has none.
+Tensor dense(const Tensor& tensor);
+
+}  // namespace maxva

@@ -1,0 +1,14 @@
+"""MAdam and LaMAdam, the optimizers of Maximum Variation Averaging (arXiv 2006.11918), as fused kernels for PyTorch.
+
+    optimizer = maxva_kernels.MAdam(model.parameters(), lr=1e-3)
+
+A step goes optim (groups, state, checkpoints) > functional > backends > the kernel, once. `python -m maxva_kernels`
+says which backends were built and which can run.
+"""
+
+from . import functional
+from .optim import LaMAdam, MAdam
+
+__all__ = ["LaMAdam", "MAdam", "functional"]
+
+__version__ = "0.1.0"

@@ -1,0 +1,58 @@
+"""Which backend runs on which device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..groups import Group, Scaling
+from . import cpu, cuda, reference, triton
+
+
+class Backend(Protocol):
+    """The face of a backend module; see the package's docstring."""
+
+    NAME: str
+
+    def why_not(self, device: torch.device) -> str | None: ...
+
+    def step(self, groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None: ...
+
+    def grad_norm(self, grads: list[Tensor]) -> Tensor: ...
+
+
+_MODULES: dict[str, Backend] = {module.NAME: module for module in (cuda, triton, cpu, reference)}
+
+BACKENDS = tuple(_MODULES)
+"""The backends' names, fastest first: the order in which "auto" tries them."""
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why the backend ``name`` cannot run on ``device`` and what to do about it; None if it can.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if name not in _MODULES:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {name!r}")
+    return _MODULES[name].why_not(device)
+
+
+@functools.lru_cache(maxsize=64)
+def select(name: str, device: torch.device) -> Backend:
+    """The backend ``name``, or for "auto" the fastest that can run on ``device``.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the named backend cannot run on ``device``; the message says why and what to do.
+    """
+    if name == "auto":
+        return next(backend for backend in _MODULES.values() if backend.why_not(device) is None)
+    reason = why_not(name, device)
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} cannot run on device {device}: {reason}")
+    return _MODULES[name]

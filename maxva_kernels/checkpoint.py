@@ -1,0 +1,101 @@
+"""Loading a state dict without what `torch.optim.Optimizer` does to it.
+
+Torch casts every floating-point state to its parameter's dtype, which would round the float32 state of a bfloat16
+parameter to bfloat16, and lets optimizer and state dict share memory. So each parameter's state passes through torch's
+`load_state_dict` in an opaque wrapper and is copied afterwards. Before that the whole dict is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .groups import HYPERPARAMETERS, MOMENTS, state_dtype
+
+
+class _Opaque:
+    """One parameter's saved state, which torch hands on as it is."""
+
+    def __init__(self, entries: dict[str, Any]) -> None:
+        self.entries = entries
+
+
+def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict with every parameter's state made opaque; changes nothing.
+
+    Raises:
+        ValueError: it does not belong to an optimizer of this class over parameters of these shapes.
+    """
+    groups = state_dict["param_groups"]
+    for i, group in enumerate(groups):
+        _check_group(optimizer, i, group)
+    saved_ids = list(chain.from_iterable(group["params"] for group in groups))
+    params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    state = dict(state_dict["state"])
+    for index, (saved_id, param) in enumerate(zip(saved_ids, params, strict=False)):
+        if saved_id in state:  # torch itself refuses groups of other lengths
+            _check_state(index, param, state[saved_id])
+            state[saved_id] = _Opaque(state[saved_id])
+    return {**state_dict, "state": state}
+
+
+def unwrap(state: MutableMapping[Any, Any]) -> None:
+    """Replaces what `wrap` made opaque by copies on the parameters' devices."""
+    for param, entries in state.items():
+        if isinstance(entries, _Opaque):
+            state[param] = {
+                name: _copy(name, value, param) if isinstance(value, Tensor) or name == "step" else value
+                for name, value in entries.entries.items()
+            }
+
+
+def _copy(name: str, value: Any, param: Tensor) -> Tensor:
+    if name == "step":  # an int, or a float tensor, where another tool wrote the checkpoint
+        return torch.as_tensor(value).detach().to(param.device, torch.int64, copy=True)
+    if type(value) is Tensor and value.shape == param.shape:
+        layout = param.detach()
+        return torch.empty_like(layout, dtype=value.dtype, memory_format=torch.preserve_format).copy_(value)
+    return value.detach().to(param.device, copy=True)  # type: ignore[no-any-return]
+
+
+def _check_group(optimizer: Optimizer, index: int, group: dict[str, Any]) -> None:
+    name = type(optimizer).__name__
+    missing = [key for key in HYPERPARAMETERS if key not in group]
+    if missing:
+        raise ValueError(
+            f"this is not a checkpoint of {name}: its param_groups[{index}] has no {missing[0]!r} (it has "
+            f"{sorted(map(str, group))}); load it into the optimizer that wrote it, or start {name} without it"
+        )
+    if group.get("algorithm") != optimizer.param_groups[0]["algorithm"]:
+        raise ValueError(
+            f"this checkpoint is of {group.get('algorithm')}, whose momentum means something else than "
+            f"{optimizer.param_groups[0]['algorithm']}'s; load it into that class"
+        )
+
+
+def _check_state(index: int, param: Tensor, entries: Any) -> None:
+    where = f"the state of parameter {index}"
+    names = ("step", *MOMENTS)
+    if not isinstance(entries, dict) or any(name not in entries for name in names):
+        found = sorted(map(str, entries)) if isinstance(entries, dict) else type(entries).__name__
+        raise ValueError(f"{where} must have {list(names)}, this checkpoint has {found}; was it written by MaxVA?")
+    for name in (*MOMENTS, "max_denom"):
+        value = entries.get(name)
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != param.shape:
+            shape = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{where} has {name} of shape {shape}, but the parameter has {list(param.shape)}; "
+                "is this the checkpoint of another model, or are the parameters in another order?"
+            )
+        if value.dtype != state_dtype(param):
+            raise ValueError(
+                f"{where} has {name} in {value.dtype}, but a {param.dtype} parameter needs {state_dtype(param)}; "
+                f"convert the checkpoint's tensors with .to({state_dtype(param)}) if that is what you want"
+            )

@@ -1,0 +1,116 @@
+"""The tensor checks of backends without compiled bindings; csrc/operands.cpp makes the same ones for those with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .groups import Group, joined, state_dtype
+
+SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_grads(grads: list[Tensor]) -> None:
+    """Raises RuntimeError unless `grads` is a non-empty list of dense floating-point tensors."""
+    _require(len(grads) > 0, "grads is empty; pass at least one tensor")
+    for i, grad in enumerate(grads):
+        _check_like(grad, "grads", i, grad, None)
+
+
+def check_groups(groups: Sequence[Group]) -> None:
+    """Raises RuntimeError, naming the tensor, unless one step can be done on all the groups' tensors."""
+    params = joined(groups, "params")
+    for hyper, tensors in groups:
+        for name in ("grads", "exp_avgs", "grad_means", "grad_vars", "weight_sums", "steps"):
+            found = len(getattr(tensors, name))
+            _require(found == len(tensors.params), f"{name} has {found} entries for {len(tensors.params)} params")
+        found, expected = len(tensors.max_denoms), len(tensors.params) if hyper.amsgrad else 0
+        _require(found == expected, f"max_denoms has {found} entries for {expected} params of groups with AMSGrad")
+    for i, param in enumerate(params):
+        check_param(param, i)
+        named, first = describe(param, "params", i), params[0]
+        _require(
+            param.device == first.device,
+            f"{named} is on another device than {describe(first, 'params', 0)}; "
+            "pass the parameters of each device in a call of their own",
+        )
+        _require(
+            not _may_overlap(param),
+            f"{named} has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()",
+        )
+    for i, grad in enumerate(joined(groups, "grads")):
+        _check_like(grad, "grads", i, params[i], None)
+    for name in ("exp_avgs", "grad_means", "grad_vars", "weight_sums"):
+        for i, moment in enumerate(joined(groups, name)):
+            _check_state(moment, name, i, params[i])
+    with_max = [param for hyper, tensors in groups if hyper.amsgrad for param in tensors.params]
+    for i, moment in enumerate(joined(groups, "max_denoms")):
+        _check_state(moment, "max_denoms", i, with_max[i])
+    for i, step in enumerate(joined(groups, "steps")):
+        _require(
+            step.dtype == torch.int64 and step.numel() == 1, f"{describe(step, 'steps', i)} must be one int64"
+        )
+
+
+def check_param(param: Tensor, index: int) -> None:
+    """Raises RuntimeError unless a parameter of this layout and dtype can be optimised."""
+    _require(param.layout == torch.strided, f"params[{index}] is sparse, which is not supported; use a dense parameter")
+    _require(
+        param.dtype in SUPPORTED,
+        f"{describe(param, 'params', index)} must be float32, bfloat16, float16 or float64; "
+        "for a complex parameter optimise torch.view_as_real(parameter)",
+    )
+
+
+def describe(tensor: Tensor, name: str, index: int) -> str:
+    """ "grads[3] (shape [2, 3], torch.float32, strides [3, 1], cpu)" """
+    strides = f", strides {list(tensor.stride())}" if tensor.layout == torch.strided else ""
+    return f"{name}[{index}] (shape {list(tensor.shape)}, {tensor.dtype}{strides}, {tensor.device})"
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise RuntimeError(f"maxva: {message}")
+
+
+def _check_state(tensor: Tensor, name: str, index: int, param: Tensor) -> None:
+    _check_like(tensor, name, index, param, state_dtype(param))
+    _require(
+        not _may_overlap(tensor),
+        f"{describe(tensor, name, index)} has elements that share memory (an expanded tensor?); use .clone()",
+    )
+
+
+def _check_like(tensor: Tensor, name: str, index: int, param: Tensor, required: torch.dtype | None) -> None:
+    _require(
+        tensor.layout == torch.strided,
+        f"{name}[{index}] is sparse, which is not supported; "
+        "use .to_dense(), or sparse=False where the layer that makes it has that option",
+    )
+    named, its_param = describe(tensor, name, index), describe(param, "params", index)
+    if required is not None:
+        _require(
+            tensor.dtype == required,
+            f"{named} must be {required} as the state of {its_param}; was a checkpoint loaded in another dtype?",
+        )
+    else:
+        _require(
+            tensor.dtype in SUPPORTED, f"{named} must be float32, bfloat16, float16 or float64 beside {its_param}"
+        )
+    _require(tensor.shape == param.shape, f"{named} must have the shape of {its_param}")
+    _require(tensor.device == param.device, f"{named} must be on the device of {its_param}; move it there")
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Sufficient for distinct places: every stride exceeds what the dimensions below it span."""
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return False
+    span = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= span:
+                return True
+            span += (size - 1) * stride
+    return False

@@ -1,0 +1,185 @@
+"""The functional form of MAdam and LaMAdam: no state but what is passed in, everything updated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends.registry import select
+from .groups import Group, Hyperparameters, Scaling, TensorLists
+
+__all__ = ["grad_norm", "lamadam_", "madam_", "step_groups"]
+
+
+def madam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    grad_means: list[Tensor],
+    grad_vars: list[Tensor],
+    weight_sums: list[Tensor],
+    steps: list[Tensor],
+    max_denoms: list[Tensor] | None = None,
+    *,
+    lr: float | Tensor,
+    beta1: float = 0.9,
+    beta2_range: tuple[float, float] = (0.5, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    beta2_init: float | None = None,
+    decoupled_weight_decay: bool = True,
+    maximize: bool = False,
+    eps_mode: str = "paper",
+    max_grad_norm: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One step of MAdam (Algorithm 1 of arXiv 2006.11918) on lists of tensors, in place.
+
+    The lists are aligned by index and their tensors share a device. For `lamadam_` (Algorithm 2) the same holds.
+
+    Args:
+        params: float32, bfloat16, float16 or float64, of any shape without overlapping memory.
+        grads: of the parameters' shapes; dtypes as above, which may differ from the parameter's. Only read.
+        exp_avgs: the momentum m~. State is float32, or float64 for float64 parameters, of the parameters' shapes, and
+            zero before the first step. So are the next three.
+        grad_means: the bias-corrected mean u of the gradient.
+        grad_vars: its central second moment s = v - u^2.
+        weight_sums: the zeroth moment w (Eq. 2).
+        steps: int64 scalars, the number of steps done; advanced by one.
+        max_denoms: the running maximum of sqrt(v); passing it turns AMSGrad on.
+        max_grad_norm: clip by the global norm of these gradients, after unscaling.
+        grad_scale: a scalar that the gradients are to be divided by.
+        found_inf: a scalar; where it is not 0 nothing is changed.
+        backend: "auto", "cuda", "triton", "cpu" or "reference".
+
+    For the hyperparameters see `maxva_kernels.MAdam`.
+
+    Raises:
+        ValueError: a hyperparameter is out of range, or there is no such backend.
+        RuntimeError: a tensor does not fit, or the backend cannot run on its device. Nothing has been changed.
+    """
+    _single_group(False, **locals())
+
+
+def lamadam_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    grad_means: list[Tensor],
+    grad_vars: list[Tensor],
+    weight_sums: list[Tensor],
+    steps: list[Tensor],
+    max_denoms: list[Tensor] | None = None,
+    *,
+    lr: float | Tensor,
+    beta1: float = 0.9,
+    beta2_range: tuple[float, float] = (0.5, 0.999),
+    eps: float = 1e-15,
+    weight_decay: float = 0.0,
+    beta2_init: float | None = None,
+    decoupled_weight_decay: bool = True,
+    maximize: bool = False,
+    eps_mode: str = "paper",
+    max_grad_norm: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One step of LaMAdam (Algorithm 2 of arXiv 2006.11918) on lists of tensors, in place; see `madam_`.
+
+    ``exp_avgs`` is here the average of normalised gradients.
+    """
+    _single_group(True, **locals())
+
+
+def step_groups(
+    groups: Sequence[Group],
+    *,
+    laprop: bool,
+    max_grad_norm: float | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One step over several groups, each with its hyperparameters; the clip is by the norm over all of them.
+
+    Each group's tensors share a device; the groups may be on several. Args and errors as for `madam_`.
+    """
+    groups = [group for group in groups if group.tensors.params]
+    check_max_grad_norm(max_grad_norm)
+    if not groups:
+        return
+    by_device: dict[torch.device, list[Group]] = {}
+    for group in groups:
+        by_device.setdefault(group.tensors.params[0].device, []).append(group)
+    norm = None
+    if max_grad_norm is not None:
+        norm = grad_norm([grad for group in groups for grad in group.tensors.grads], backend=backend)
+    for device, members in by_device.items():
+        grad_scale, found_inf, norm = (_on(device, scalar) for scalar in (grad_scale, found_inf, norm))
+        scaling = Scaling(grad_scale, found_inf, norm, max_grad_norm)
+        select(backend, device).step(members, laprop, scaling)
+
+
+@torch.no_grad()
+def grad_norm(grads: list[Tensor], *, backend: str = "auto") -> Tensor:
+    """The L2 norm over all gradients together, as a scalar tensor on the first one's device.
+
+    float64 if any gradient is, else float32. Deterministic: it depends neither on threads nor on the backend's
+    geometry. Squares neither overflow nor vanish on the way (see csrc/norm.h).
+    """
+    if not grads:
+        return torch.zeros(())
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for grad in grads:
+        by_device.setdefault(grad.device, []).append(grad)
+    norms = [select(backend, device).grad_norm(members) for device, members in by_device.items()]
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]))
+
+
+def check_max_grad_norm(max_grad_norm: float | None) -> None:
+    """Raises ValueError unless it is None or a positive number (inf measures and clips nothing)."""
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be None or a number > 0, got {max_grad_norm!r}")
+
+
+def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
+    return None if scalar is None else scalar.to(device, non_blocking=True)
+
+
+@torch.no_grad()
+def _single_group(
+    laprop: bool,
+    *,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    grad_means: list[Tensor],
+    grad_vars: list[Tensor],
+    weight_sums: list[Tensor],
+    steps: list[Tensor],
+    max_denoms: list[Tensor] | None,
+    max_grad_norm: float | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    backend: str,
+    **hyper: object,
+) -> None:
+    group = Group(
+        Hyperparameters(**hyper, amsgrad=max_denoms is not None),  # type: ignore[arg-type]
+        TensorLists(params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms or [], steps),
+    )
+    step_groups(
+        [group],
+        laprop=laprop,
+        max_grad_norm=max_grad_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        backend=backend,
+    )

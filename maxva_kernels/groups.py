@@ -1,0 +1,124 @@
+"""What one step is given: the parameter groups' hyperparameters and tensors. Every backend takes these."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EPS_MODES = ("paper", "adam")
+
+# The state of a parameter, under the names of `Optimizer.state`; `step` and, with AMSGrad, `max_denom` are beside them.
+MOMENTS = ("exp_avg", "grad_mean", "grad_var", "weight_sum")
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's state and of its arithmetic: float64 for float64 parameters, else float32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The hyperparameters of one group, checked.
+
+    Symbols of the paper (arXiv 2006.11918): ``beta1`` is its alpha, ``beta2_range`` the bounds of beta (line 8 of
+    Algorithm 1), ``beta2_init`` beta_1 of Eq. 7 (None: the upper bound, or 0.9 where that is 1).
+
+    Raises:
+        ValueError: a value is out of its range; the message names it.
+        TypeError: a value is not a number.
+    """
+
+    lr: float | Tensor
+    beta1: float
+    beta2_range: tuple[float, float]
+    eps: float
+    weight_decay: float
+    beta2_init: float | None = None
+    decoupled_weight_decay: bool = True
+    amsgrad: bool = False
+    maximize: bool = False
+    eps_mode: str = "paper"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lr, Tensor):
+            if self.lr.numel() != 1:
+                raise ValueError(f"lr must have one element, got a tensor of shape {list(self.lr.shape)}")
+        else:
+            _require("lr", self.lr, 0 <= self.lr < math.inf, "a finite number >= 0")
+        _require("beta1", self.beta1, 0 <= self.beta1 < 1, "in [0, 1)")
+        try:
+            lower, upper = self.beta2_range
+        except (TypeError, ValueError):
+            raise ValueError(f"beta2_range must be a pair (lower, upper), got {self.beta2_range!r}") from None
+        _require("beta2_range", self.beta2_range, 0 < lower <= upper <= 1, "a pair with 0 < lower <= upper <= 1")
+        _require("eps", self.eps, 0 <= self.eps < math.inf, "a finite number >= 0")
+        _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a finite number >= 0")
+        if self.beta2_init is not None:
+            rule = "in [0, 1): 1 would give the first gradient no weight; None is a good choice"
+            _require("beta2_init", self.beta2_init, 0 <= self.beta2_init < 1, rule)
+        if self.eps_mode not in EPS_MODES:
+            raise ValueError(f"eps_mode must be one of {EPS_MODES}, got {self.eps_mode!r}")
+
+    @property
+    def first_beta2(self) -> float:
+        """beta at the first step (Eq. 7)."""
+        if self.beta2_init is not None:
+            return self.beta2_init
+        upper = self.beta2_range[1]
+        return upper if upper < 1 else 0.9
+
+
+HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
+"""The entries of an optimizer's parameter group that make its `Hyperparameters`."""
+
+
+def _require(name: str, value: object, holds: bool, rule: str) -> None:
+    if not holds:  # NaN fails every comparison and so ends here
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+@dataclass
+class TensorLists:
+    """The tensors of one group's step, aligned by index; ``max_denoms`` is empty without AMSGrad.
+
+    Parameters and gradients are float32, bfloat16, float16 or float64, moments have `state_dtype` of the parameter and
+    its shape, steps are int64 scalars counting the steps done.
+    """
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    grad_means: list[Tensor] = field(default_factory=list)
+    grad_vars: list[Tensor] = field(default_factory=list)
+    weight_sums: list[Tensor] = field(default_factory=list)
+    max_denoms: list[Tensor] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)
+
+
+class Group(NamedTuple):
+    hyper: Hyperparameters
+    tensors: TensorLists
+
+
+class Scaling(NamedTuple):
+    """What multiplies or stops all gradients of a step; scalars on the gradients' device.
+
+    ``grad_norm`` is the global norm of the gradients as they stand, that is before division by ``grad_scale``.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    grad_norm: Tensor | None = None
+    max_grad_norm: float | None = None
+
+
+def joined(groups: Sequence[Group], name: str) -> list[Tensor]:
+    """One list of all groups' tensors of that name."""
+    if len(groups) == 1:
+        return getattr(groups[0].tensors, name)  # type: ignore[no-any-return]
+    return [tensor for group in groups for tensor in getattr(group.tensors, name)]

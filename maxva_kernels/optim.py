@@ -1,0 +1,287 @@
+"""The optimizer classes: groups, state, checkpoints. One step is `functional.step_groups`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from . import checkpoint, checks, functional
+from .backends.registry import select
+from .groups import HYPERPARAMETERS, MOMENTS, Group, Hyperparameters, TensorLists, state_dtype
+
+__all__ = ["LaMAdam", "MAdam"]
+
+_ARGUMENTS = """
+    Args:
+        params: parameters, or named parameters, or dicts of parameter groups, as for `torch.optim`: float32, bfloat16,
+            float16 or float64. Arithmetic is in float32 (float64 for float64 parameters).
+        lr: learning rate >= 0, a float or a tensor with one element.
+        beta1: momentum in [0, 1), the paper's alpha.
+        beta2_range: bounds 0 < lower <= upper <= 1 of the second moment's coefficient beta, which is chosen between
+            them for each coordinate and step (Eq. 6). Equal bounds turn the choice off.
+        eps: added to the denominator, >= 0.
+        weight_decay: coefficient >= 0.
+        beta2_init: beta of the first step in [0, 1), the paper's beta_1 (Eq. 7). None: the upper bound of
+            ``beta2_range``, or 0.9 where that is 1.
+        decoupled_weight_decay: shrink the parameter by ``lr * weight_decay`` (AdamW); False adds
+            ``weight_decay * parameter`` to the gradient (L2).
+        amsgrad: divide by the running maximum of the bias-corrected sqrt(v).
+        maximize: ascend.
+        eps_mode: "paper" adds eps beside sqrt(v~) (Algorithm 1, line 12), "adam" beside the bias-corrected sqrt(v), as
+            `torch.optim.Adam` and the authors' code do.
+        max_grad_norm: clip the gradients of all groups together to this L2 norm, inside the step; the gradients are
+            not written. None: no clipping.
+        state_dtype: None is the only choice yet.
+        master_weights: False is the only choice yet.
+        capturable: False is the only choice yet.
+        backend: "auto" (the fastest that can run on each parameter's device), "cuda", "triton", "cpu" or "reference".
+            ``python -m maxva_kernels`` says which can run. All share one state: a run may change it at any step.
+
+    All but ``max_grad_norm``, ``capturable`` and ``backend`` may be set per group.
+
+    State of a parameter: ``step`` (int64 scalar), ``exp_avg`` (m~), ``grad_mean`` (u), ``grad_var`` (v - u^2),
+    ``weight_sum`` (w), with AMSGrad ``max_denom``.
+
+    Raises:
+        ValueError: an argument is out of range.
+        RuntimeError: the backend cannot run on a parameter's device; from `step`, a gradient or state does not fit,
+            in which case nothing has been changed.
+        NotImplementedError: an option has no implementation yet.
+"""
+
+
+class _MaxVA(Optimizer):
+    """What MAdam and LaMAdam share."""
+
+    _laprop: bool
+    # GradScaler then leaves unscaling and the overflow test to step(), through self.grad_scale and self.found_inf.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self, params: Any, *, max_grad_norm: float | None, capturable: bool, backend: str, **defaults: Any
+    ) -> None:
+        functional.check_max_grad_norm(max_grad_norm)
+        if capturable:
+            raise NotImplementedError("capturable=True is not implemented yet; use capturable=False")
+        self.max_grad_norm = max_grad_norm
+        self.capturable = capturable
+        self.backend = backend
+        # The algorithm is saved with each group: the two give `exp_avg` different meanings.
+        super().__init__(params, {**defaults, "algorithm": "LaMAdam" if self._laprop else "MAdam"})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, as `torch.optim.Optimizer.add_param_group`; if anything in it is wrong, none of it is added."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _hyperparameters(group)
+            for option, only in (("state_dtype", None), ("master_weights", False)):
+                if group[option] != only:
+                    raise NotImplementedError(f"{option}={group[option]!r} is not implemented yet; use {only!r}")
+            for index, param in enumerate(group["params"]):
+                checks.check_param(param, index)
+                select(self.backend, param.device)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step; parameters without a gradient are left alone.
+
+        Args:
+            closure: re-evaluates the model and returns the loss; called with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient or a state does not fit its parameter; nothing has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        fresh: list[Tensor] = []
+        try:
+            functional.step_groups(
+                self._gather(fresh),
+                laprop=self._laprop,
+                max_grad_norm=self.max_grad_norm,
+                grad_scale=getattr(self, "grad_scale", None),
+                found_inf=getattr(self, "found_inf", None),
+                backend=self.backend,
+            )
+        except BaseException as error:
+            for param in fresh:
+                del self.state[param]
+            if isinstance(error, RuntimeError):
+                raise RuntimeError(self._name_parameter(str(error))) from error
+            raise
+        return loss
+
+    def _gather(self, fresh: list[Tensor]) -> list[Group]:
+        """The groups with the tensors of all parameters that have a gradient, divided by device where need be.
+
+        Makes the state of parameters that have none and appends those parameters to ``fresh``.
+        """
+        groups = []
+        for settings in self.param_groups:
+            hyper = _hyperparameters(settings)
+            by_device: dict[torch.device, TensorLists] = {}
+            for param in settings["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    fresh.append(param)
+                    _init_state(param, state)
+                if hyper.amsgrad and "max_denom" not in state:
+                    state["max_denom"] = _zeros_like(param)
+                lists = by_device.get(param.device)
+                if lists is None:
+                    lists = by_device[param.device] = TensorLists()
+                    groups.append(Group(hyper, lists))
+                lists.params.append(param)
+                lists.grads.append(grad)
+                lists.exp_avgs.append(state["exp_avg"])
+                lists.grad_means.append(state["grad_mean"])
+                lists.grad_vars.append(state["grad_var"])
+                lists.weight_sums.append(state["weight_sum"])
+                lists.steps.append(state["step"])
+                if hyper.amsgrad:
+                    lists.max_denoms.append(state["max_denom"])
+        return groups
+
+    def _name_parameter(self, message: str) -> str:
+        """Adds to a message about "params[3]" which of the optimizer's parameters that is: lists skip those without
+        gradient, so the index alone misleads."""
+        match = re.search(r"\b(params|grads|exp_avgs|grad_means|grad_vars|weight_sums|max_denoms|steps)\[(\d+)\]", message)
+        if match is None:
+            return message
+        listed = [
+            (g, i, settings.get("param_names"))
+            for g, settings in enumerate(self.param_groups)
+            for i, param in enumerate(settings["params"])
+            if param.grad is not None
+        ]
+        if int(match[2]) >= len(listed):
+            return message
+        g, i, names = listed[int(match[2])]
+        called = f", {names[i]!r}" if names else ""
+        return f"{message} ({match[0]} belongs to param_groups[{g}]['params'][{i}]{called})"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a copy of what `state_dict` returned; the state keeps its dtype, whatever the parameter's.
+
+        Raises:
+            ValueError: it is of another optimizer class, or does not fit the parameters; nothing has been changed.
+        """
+        # Registered only now, it runs after the user's pre-hooks, which may replace the dict.
+        hook = self.register_load_state_dict_pre_hook(checkpoint.wrap)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {"max_grad_norm": self.max_grad_norm, "capturable": self.capturable, "backend": self.backend}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        checkpoint.unwrap(self.state)
+
+
+class MAdam(_MaxVA):
+    __doc__ = (
+        """MAdam: Adam with the second moment's coefficient chosen by MaxVA (Algorithm 1 of arXiv 2006.11918).
+
+    For each coordinate and step beta is the value within ``beta2_range`` that maximises the variance of the gradient as
+    the running averages estimate it. All of it is one pass over memory for all parameters.
+"""
+        + _ARGUMENTS
+    )
+
+    _laprop = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        beta1: float = 0.9,
+        beta2_range: tuple[float, float] = (0.5, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        beta2_init: float | None = None,
+        decoupled_weight_decay: bool = True,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        eps_mode: str = "paper",
+        max_grad_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        capturable: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(**_arguments(locals()))
+
+
+class LaMAdam(_MaxVA):
+    __doc__ = (
+        """LaMAdam: LaProp with the second moment's coefficient chosen by MaxVA (Algorithm 2 of arXiv 2006.11918).
+
+    As `MAdam`, but the gradient is normalised before the momentum averages it.
+"""
+        + _ARGUMENTS
+    )
+
+    _laprop = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        beta1: float = 0.9,
+        beta2_range: tuple[float, float] = (0.5, 0.999),
+        eps: float = 1e-15,
+        weight_decay: float = 0.0,
+        *,
+        beta2_init: float | None = None,
+        decoupled_weight_decay: bool = True,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        eps_mode: str = "paper",
+        max_grad_norm: float | None = None,
+        state_dtype: torch.dtype | None = None,
+        master_weights: bool = False,
+        capturable: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(**_arguments(locals()))
+
+
+def _arguments(names: dict[str, Any]) -> dict[str, Any]:
+    """A constructor's locals() less what the interpreter adds."""
+    return {name: value for name, value in names.items() if name not in ("self", "__class__")}
+
+
+def _hyperparameters(settings: dict[str, Any]) -> Hyperparameters:
+    return Hyperparameters(**{name: settings[name] for name in HYPERPARAMETERS})
+
+
+def _init_state(param: Tensor, state: dict[str, Any]) -> None:
+    state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
+    for name in MOMENTS:
+        state[name] = _zeros_like(param)
+
+
+def _zeros_like(param: Tensor) -> Tensor:
+    return torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
