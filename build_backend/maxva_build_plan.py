@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MODES = ("auto", "cuda", "cpu", "python")
@@ -32,7 +32,7 @@ class BuildError(SystemExit):
 
 @dataclass(frozen=True)
 class Facts:
-    """What the machine has. Each `no_*` says what is missing and how to get it, or is None where nothing is."""
+    """What the machine has. Where something is missing, its `no_*` says what, and mostly how to get it."""
 
     torch: str | None = None  # torch.__version__
     torch_cuda: str | None = None  # torch.version.cuda
@@ -40,7 +40,7 @@ class Facts:
     no_compiler: str | None = None
     cuda_home: str | None = None
     nvcc: tuple[int, int] | None = None  # release of the nvcc in cuda_home
-    no_nvcc: str | None = None
+    no_nvcc: str | None = None  # counts where `nvcc` is None
     gpu: bool = False  # torch sees a GPU
     cuda_sources: bool = True  # this tree has CUDA kernels
 
@@ -136,31 +136,20 @@ def default_archs(nvcc: tuple[int, int]) -> str:
 
 def gather_facts(root: Path, env: Mapping[str, str]) -> Facts:
     """Look at the machine. Imports torch, and runs nvcc where torch was built for CUDA."""
+    facts = Facts(no_compiler=no_compiler(env), cuda_sources=bool(sources(root, CUDA_SOURCES)))
     try:
         import torch
     except (ImportError, OSError) as error:
-        no_torch = f"torch cannot be imported in the build environment ({error}): install torch>=2.10 first"
-        return Facts(no_torch=no_torch, no_compiler=no_compiler(env), cuda_sources=bool(sources(root, CUDA_SOURCES)))
-
-    version = str(torch.__version__)
-    no_torch = None
-    if parse_version(version) < MIN_TORCH:
-        no_torch = f"torch {version} is too old: install torch>=2.10"
-    home, no_nvcc = find_cuda_home(env) if torch.version.cuda else (None, None)
-    nvcc = nvcc_release(home) if home else None
-    if home and nvcc is None:
-        no_nvcc = f"{home}/bin/nvcc --version did not print a release"
-    return Facts(
-        torch=version,
-        torch_cuda=torch.version.cuda,
-        no_torch=no_torch,
-        no_compiler=no_compiler(env),
-        cuda_home=str(home) if home else None,
-        nvcc=nvcc,
-        no_nvcc=no_nvcc,
-        gpu=torch.cuda.is_available(),
-        cuda_sources=bool(sources(root, CUDA_SOURCES)),
-    )
+        return replace(facts, no_torch=f"torch cannot be imported by the build ({error}): install torch>=2.10 first")
+    facts = replace(facts, torch=str(torch.__version__), torch_cuda=torch.version.cuda, gpu=torch.cuda.is_available())
+    if parse_version(torch.__version__) < MIN_TORCH:
+        facts = replace(facts, no_torch=f"torch {torch.__version__} is too old: install torch>=2.10")
+    if torch.version.cuda is None:
+        return facts
+    home, no_nvcc = find_cuda_home(env)
+    if home is None:
+        return replace(facts, no_nvcc=no_nvcc)
+    return replace(facts, cuda_home=str(home), nvcc=nvcc_release(home), no_nvcc=f"{home}/bin/nvcc does not run")
 
 
 def parse_version(version: str) -> tuple[int, int]:

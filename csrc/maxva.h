@@ -163,8 +163,7 @@ MAXVA_FN Coefficients<T> make_coefficients(const Hyperparameters<T>& h, int64_t 
 // otherwise decay into subnormals, on which CPUs crawl. Explicit, so that every backend does the same. NaN stays.
 template <typename T>
 MAXVA_FN T flush_subnormal(T x) {
-  const T magnitude = x < T(0) ? -x : x;
-  return magnitude < std::numeric_limits<T>::min() ? T(0) : x;
+  return std::fabs(x) < std::numeric_limits<T>::min() ? T(0) : x;
 }
 
 // One MaxVA update of the centred moments (Eq. 6 and lines 7 to 11 of Algorithm 1; see Note [Centred moments]).
@@ -173,28 +172,19 @@ template <typename T>
 MAXVA_FN void update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c) {
   const T d = g - u;
   const T r = d * d;
-  const T h = T(0.5) - T(0.5) * (s / r);  // the maximiser; NaN where s = r = 0, -inf where only r = 0
-
-  // q is n/d of the bound, or h, and then w follows by a division: one division serves both.
-  const bool first = w == T(0);
-  const T lightest = first ? c.first_weight : c.one_minus_beta_upper;
-  const T lightest_w = first ? c.first_weight : c.one_minus_beta_upper + c.beta_upper * w;
-  const T heaviest = c.one_minus_beta_lower;
-  const T heaviest_w = c.one_minus_beta_lower + c.beta_lower * w;
-  const bool at_upper = !(h * lightest_w > lightest);  // beta at its upper bound, q = q_min; a NaN comes here
-  const bool at_lower = h * heaviest_w > heaviest;
-  const bool at_bound = at_upper || at_lower;
-  const T numerator = at_upper ? lightest : at_lower ? heaviest : w;
-  const T denominator = at_upper ? lightest_w : at_lower ? heaviest_w : (T(1) - h) + h * w;
-  const T quotient = numerator / denominator;
-  const T q = at_bound ? quotient : h;
-  const T w_new = at_bound ? denominator : quotient;
-
+  // 1 - beta. The maximiser is h w / ((1-h) + h w) with h = (1 - s/r) / 2. A NaN (r = s = 0) takes the first bound.
+  const T rise = (r - s) * w;
+  T b = rise / ((r + s) + rise);
+  b = b > c.one_minus_beta_upper ? b : c.one_minus_beta_upper;
+  b = b < c.one_minus_beta_lower ? b : c.one_minus_beta_lower;
+  b = w == T(0) ? c.first_weight : b;
+  w = w + b * (T(1) - w);
+  const T q = b / w;
   const T p = T(1) - q;
   const T e = q * d;
   u = flush_subnormal(u + e);
   s = flush_subnormal(p * s + (p * e) * d);  // in this order q = 0 or p = 0 wins over a square that overflows
-  w = T(1) - w_new <= c.saturation ? T(1) : w_new;
+  w = T(1) - w <= c.saturation ? T(1) : w;
 }
 
 // One step of one coordinate: parameter p, gradient g as stored, momentum m, moments u, s, w, and with AMSGrad the

@@ -73,15 +73,18 @@ def report() -> str:
         f"torch {torch.__version__}, {_gpus()}",
         f"CPU kernel: {_built(record, 'cpu')}",
         f"CUDA kernels: {_built(record, 'cuda')}",
-        "",
-        ROW.format("backend", "built", "can run", ""),
     ]
+    table = [ROW.format("backend", "built", "can run", "")]
     for name in registry.BACKENDS:
         why_not = registry.why_not(name, torch.device("cuda" if name in ("cuda", "triton") else "cpu"))
         built = ("yes" if record[name]["built"] else "no") if name in MODULES else "-"
-        lines.append(ROW.format(name, built, "no" if why_not else "yes", why_not or _note(name)))
-    wrap = textwrap.TextWrapper(width=120, subsequent_indent=" " * 8, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(wrap.fill(line) for line in lines)
+        table.append(ROW.format(name, built, "no" if why_not else "yes", why_not or _note(name)))
+    note_column = len(ROW.format("", "", "", ""))
+    return "\n".join([_wrap(line, 8) for line in lines] + [""] + [_wrap(row, note_column) for row in table])
+
+
+def _wrap(line: str, indent: int) -> str:
+    return textwrap.fill(line, 120, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _gpus() -> str:
