@@ -16,8 +16,12 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from maxva_build_plan import MIN_TORCH, parse_version, requested_mode
+import setuptools
+from maxva_build_plan import MIN_TORCH, BuildError, parse_version, requested_mode
 from setuptools import build_meta
+
+if parse_version(setuptools.__version__) < (77, 0):  # build isolation sees to it, --no-build-isolation does not
+    raise BuildError(f"setuptools {setuptools.__version__} is too old: pip install 'setuptools>=77' ninja")
 
 Settings = dict[str, Any] | None
 

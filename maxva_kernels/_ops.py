@@ -10,6 +10,8 @@ import importlib
 import torch
 from torch import Tensor
 
+from .checks import describe
+
 _library = torch.library.Library("maxva", "DEF")
 
 # One step of MAdam (laprop=False) or LaMAdam (laprop=True), in place, over all parameters of one device.
@@ -49,8 +51,34 @@ def load_error(module: str) -> str | None:
 
 
 @torch.library.register_fake("maxva::step_", lib=_library)
-def _(params: list[Tensor], grads: list[Tensor], *args: object, **kwargs: object) -> None:
+def _(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    grad_means: list[Tensor],
+    grad_vars: list[Tensor],
+    weight_sums: list[Tensor],
+    max_denoms: list[Tensor],
+    steps: list[Tensor],
+    **kwargs: object,
+) -> None:
     torch._check(len(params) == len(grads), lambda: f"maxva: {len(grads)} grads for {len(params)} params")
+    # One "meta" tensor among others brings a call here that does nothing, so it must not pass.
+    lists = {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "grad_means": grad_means,
+        "grad_vars": grad_vars,
+        "weight_sums": weight_sums,
+        "max_denoms": max_denoms,
+        "steps": steps,
+    }
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            if tensor.device != params[0].device:
+                named, its_param = describe(tensor, name, i), describe(params[0], "params", 0)
+                raise RuntimeError(f"maxva: {named} must be on the device of {its_param}; move it there")
 
 
 @torch.library.register_fake("maxva::grad_norm", lib=_library)

@@ -31,6 +31,12 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: it does not belong to an optimizer of this class over parameters of these shapes.
     """
+    missing = [key for key in ("param_groups", "state") if key not in state_dict]
+    if missing:
+        raise ValueError(
+            f"this is not what an optimizer's state_dict() returns: it has no {missing[0]!r} (it has "
+            f"{sorted(map(str, state_dict))}); pass the optimizer's entry of the checkpoint"
+        )
     groups = state_dict["param_groups"]
     for i, group in enumerate(groups):
         _check_group(optimizer, i, group)

@@ -45,9 +45,10 @@ def check_groups(groups: Sequence[Group]) -> None:
     for name in ("exp_avgs", "grad_means", "grad_vars", "weight_sums"):
         for i, moment in enumerate(joined(groups, name)):
             _check_state(moment, name, i, params[i])
-    with_max = [param for hyper, tensors in groups if hyper.amsgrad for param in tensors.params]
-    for i, moment in enumerate(joined(groups, "max_denoms")):
-        _check_state(moment, "max_denoms", i, with_max[i])
+    with_max = [hyper.amsgrad for hyper, tensors in groups for _ in tensors.params]
+    indices = (i for i, amsgrad in enumerate(with_max) if amsgrad)  # of the parameters, by which messages count
+    for i, moment in zip(indices, joined(groups, "max_denoms"), strict=True):
+        _check_state(moment, "max_denoms", i, params[i])
     for i, step in enumerate(joined(groups, "steps")):
         _require(
             step.dtype == torch.int64 and step.numel() == 1, f"{describe(step, 'steps', i)} must be one int64"

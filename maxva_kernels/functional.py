@@ -145,7 +145,11 @@ def grad_norm(grads: list[Tensor], *, backend: str = "auto") -> Tensor:
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:
     """Raises ValueError unless it is None or a positive number (inf measures and clips nothing)."""
-    if max_grad_norm is not None and not max_grad_norm > 0:
+    try:
+        fits = max_grad_norm is None or max_grad_norm > 0
+    except TypeError:
+        fits = False
+    if not fits:
         raise ValueError(f"max_grad_norm must be None or a number > 0, got {max_grad_norm!r}")
 
 

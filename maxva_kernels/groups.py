@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,18 +49,19 @@ class Hyperparameters:
             if self.lr.numel() != 1:
                 raise ValueError(f"lr must have one element, got a tensor of shape {list(self.lr.shape)}")
         else:
-            _require("lr", self.lr, 0 <= self.lr < math.inf, "a finite number >= 0")
-        _require("beta1", self.beta1, 0 <= self.beta1 < 1, "in [0, 1)")
+            _require("lr", self.lr, lambda lr: 0 <= lr < math.inf, "a finite number >= 0")
+        _require("beta1", self.beta1, lambda beta1: 0 <= beta1 < 1, "in [0, 1)")
         try:
-            lower, upper = self.beta2_range
+            _, _ = self.beta2_range
         except (TypeError, ValueError):
             raise ValueError(f"beta2_range must be a pair (lower, upper), got {self.beta2_range!r}") from None
-        _require("beta2_range", self.beta2_range, 0 < lower <= upper <= 1, "a pair with 0 < lower <= upper <= 1")
-        _require("eps", self.eps, 0 <= self.eps < math.inf, "a finite number >= 0")
-        _require("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a finite number >= 0")
+        rule = "a pair with 0 < lower <= upper <= 1"
+        _require("beta2_range", self.beta2_range, lambda pair: 0 < pair[0] <= pair[1] <= 1, rule)
+        _require("eps", self.eps, lambda eps: 0 <= eps < math.inf, "a finite number >= 0")
+        _require("weight_decay", self.weight_decay, lambda decay: 0 <= decay < math.inf, "a finite number >= 0")
         if self.beta2_init is not None:
             rule = "in [0, 1): 1 would give the first gradient no weight; None is a good choice"
-            _require("beta2_init", self.beta2_init, 0 <= self.beta2_init < 1, rule)
+            _require("beta2_init", self.beta2_init, lambda init: 0 <= init < 1, rule)
         if self.eps_mode not in EPS_MODES:
             raise ValueError(f"eps_mode must be one of {EPS_MODES}, got {self.eps_mode!r}")
 
@@ -77,8 +78,12 @@ HYPERPARAMETERS = tuple(Hyperparameters.__dataclass_fields__)
 """The entries of an optimizer's parameter group that make its `Hyperparameters`."""
 
 
-def _require(name: str, value: object, holds: bool, rule: str) -> None:
-    if not holds:  # NaN fails every comparison and so ends here
+def _require(name: str, value: Any, holds: Callable[[Any], bool], rule: str) -> None:
+    try:
+        fits = holds(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {rule}, got {value!r}") from None
+    if not fits:  # NaN fails every comparison and so ends here
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 

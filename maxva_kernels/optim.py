@@ -80,12 +80,18 @@ class _MaxVA(Optimizer):
         group = self.param_groups[-1]
         try:
             _hyperparameters(group)
+            if isinstance(group["lr"], Tensor):  # read now, and not in each step: a GPU would be waited for
+                _hyperparameters({**group, "lr": group["lr"].item()})
             for option, only in (("state_dtype", None), ("master_weights", False)):
                 if group[option] != only:
                     raise NotImplementedError(f"{option}={group[option]!r} is not implemented yet; use {only!r}")
-            for index, param in enumerate(group["params"]):
-                checks.check_param(param, index)
-                select(self.backend, param.device)
+            try:
+                for index, param in enumerate(group["params"]):
+                    checks.check_param(param, index)
+                    select(self.backend, param.device)
+            except RuntimeError as error:
+                listed = [(len(self.param_groups) - 1, i, group.get("param_names")) for i in range(len(group["params"]))]
+                raise RuntimeError(_name_parameter(str(error), listed)) from error
         except BaseException:
             self.param_groups.pop()
             raise
@@ -107,7 +113,7 @@ class _MaxVA(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        fresh: list[Tensor] = []
+        fresh: list[tuple[Tensor, str | None]] = []
         try:
             functional.step_groups(
                 self._gather(fresh),
@@ -118,17 +124,28 @@ class _MaxVA(Optimizer):
                 backend=self.backend,
             )
         except BaseException as error:
-            for param in fresh:
-                del self.state[param]
+            for param, name in reversed(fresh):
+                if name is None:
+                    del self.state[param]
+                else:
+                    del self.state[param][name]
             if isinstance(error, RuntimeError):
-                raise RuntimeError(self._name_parameter(str(error))) from error
+                # The index in a message misleads: the lists skip parameters without gradient.
+                listed = [
+                    (g, i, settings.get("param_names"))
+                    for g, settings in enumerate(self.param_groups)
+                    for i, param in enumerate(settings["params"])
+                    if param.grad is not None
+                ]
+                raise RuntimeError(_name_parameter(str(error), listed)) from error
             raise
         return loss
 
-    def _gather(self, fresh: list[Tensor]) -> list[Group]:
+    def _gather(self, fresh: list[tuple[Tensor, str | None]]) -> list[Group]:
         """The groups with the tensors of all parameters that have a gradient, divided by device where need be.
 
-        Makes the state of parameters that have none and appends those parameters to ``fresh``.
+        Makes the state that is missing and appends to ``fresh`` what it made: the parameter, and the name of the entry
+        or None for the whole state.
         """
         groups = []
         for settings in self.param_groups:
@@ -140,10 +157,11 @@ class _MaxVA(Optimizer):
                     continue
                 state = self.state[param]
                 if not state:
-                    fresh.append(param)
+                    fresh.append((param, None))
                     _init_state(param, state)
                 if hyper.amsgrad and "max_denom" not in state:
                     state["max_denom"] = _zeros_like(param)
+                    fresh.append((param, "max_denom"))
                 lists = by_device.get(param.device)
                 if lists is None:
                     lists = by_device[param.device] = TensorLists()
@@ -158,24 +176,6 @@ class _MaxVA(Optimizer):
                 if hyper.amsgrad:
                     lists.max_denoms.append(state["max_denom"])
         return groups
-
-    def _name_parameter(self, message: str) -> str:
-        """Adds to a message about "params[3]" which of the optimizer's parameters that is: lists skip those without
-        gradient, so the index alone misleads."""
-        match = re.search(r"\b(params|grads|exp_avgs|grad_means|grad_vars|weight_sums|max_denoms|steps)\[(\d+)\]", message)
-        if match is None:
-            return message
-        listed = [
-            (g, i, settings.get("param_names"))
-            for g, settings in enumerate(self.param_groups)
-            for i, param in enumerate(settings["params"])
-            if param.grad is not None
-        ]
-        if int(match[2]) >= len(listed):
-            return message
-        g, i, names = listed[int(match[2])]
-        called = f", {names[i]!r}" if names else ""
-        return f"{message} ({match[0]} belongs to param_groups[{g}]['params'][{i}]{called})"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of what `state_dict` returned; the state keeps its dtype, whatever the parameter's.
@@ -285,3 +285,16 @@ def _init_state(param: Tensor, state: dict[str, Any]) -> None:
 
 def _zeros_like(param: Tensor) -> Tensor:
     return torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+
+
+def _name_parameter(message: str, listed: list[tuple[int, int, list[str] | None]]) -> str:
+    """Adds to a message about "params[3]" which of the optimizer's parameters that is.
+
+    ``listed`` has for each parameter the indices of its group and within it, and the group's parameter names.
+    """
+    match = re.search(r"\b(params|grads|exp_avgs|grad_means|grad_vars|weight_sums|max_denoms|steps)\[(\d+)\]", message)
+    if match is None or int(match[2]) >= len(listed):
+        return message
+    g, i, names = listed[int(match[2])]
+    called = f", {names[i]!r}" if names else ""
+    return f"{message} ({match[0]} belongs to param_groups[{g}]['params'][{i}]{called})"

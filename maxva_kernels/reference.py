@@ -37,18 +37,22 @@ def from_paper(state: PaperState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return state.m, u, s, state.w
 
 
-def maxva_beta(g: Tensor, state: PaperState, hyper: Hyperparameters) -> Tensor:
-    """beta_t: Eq. 6 clipped to its bounds (lines 7 and 8), or Eq. 7 where w = 0, before the first gradient."""
-    lower, upper = hyper.beta2_range
+def unclipped_beta(g: Tensor, state: PaperState) -> Tensor:
+    """Eq. 6: the beta that maximises the estimated variance, in [1/(1+w), 1/(1-w)]; NaN where w = 0."""
     w = state.w
     u = state.u / w
     variance = (state.v / w - u * u).clamp(min=0)
     deviation = (g - u) ** 2
     numerator = deviation + variance
     denominator = w * (deviation - variance) + deviation + variance
-    # 0/0: nothing deviates and nothing ever did. The paper's delta in the denominator makes it the upper bound too.
-    beta = torch.where(numerator == 0, upper, numerator / denominator)
-    return torch.where(w == 0, hyper.first_beta2, beta.clamp(lower, upper))
+    # 0/0: nothing deviates and nothing ever did, so that every beta is right; we keep what there is.
+    return torch.where(numerator == 0, 1 / (1 - w), numerator / denominator)
+
+
+def maxva_beta(g: Tensor, state: PaperState, hyper: Hyperparameters) -> Tensor:
+    """beta_t: Eq. 6 within its bounds (line 8), or Eq. 7 where w = 0, before the first gradient."""
+    beta = unclipped_beta(g, state).clamp(*hyper.beta2_range)
+    return torch.where(state.w == 0, hyper.first_beta2, beta)
 
 
 def update_moments(g: Tensor, state: PaperState, hyper: Hyperparameters) -> PaperState:

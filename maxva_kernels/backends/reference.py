@@ -6,6 +6,7 @@ Slow, and with ``found_inf`` it waits for the device.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
         return
     factor = _grad_factor(scaling)
     for hyper, tensors in groups:
+        if isinstance(hyper.lr, Tensor):  # of any shape with one element, and of any dtype
+            hyper = replace(hyper, lr=hyper.lr.double().reshape(()))
         for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
             tensors.steps[i] += 1
             moments = (tensors.exp_avgs[i], tensors.grad_means[i], tensors.grad_vars[i], tensors.weight_sums[i])

@@ -48,10 +48,17 @@ def select(name: str, device: torch.device) -> Backend:
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: the named backend cannot run on ``device``; the message says why and what to do.
+        RuntimeError: the named backend, or for "auto" any, cannot run on ``device``; the message says why and what to
+            do.
     """
     if name == "auto":
-        return next(backend for backend in _MODULES.values() if backend.why_not(device) is None)
+        reasons = []
+        for backend in _MODULES.values():
+            reason = backend.why_not(device)
+            if reason is None:
+                return backend
+            reasons.append(f"{backend.NAME}: {reason}")
+        raise RuntimeError(f"no backend can run on device {device}; " + "; ".join(reasons))
     reason = why_not(name, device)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run on device {device}: {reason}")

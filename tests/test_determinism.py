@@ -1,0 +1,73 @@
+"""The same bits for every thread count and instruction set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import ALGORITHMS, BASE, DTYPES, OPTIONS, assert_same_bits, make_params, set_grads, states
+
+from maxva_kernels import _ops
+from maxva_kernels.backends.registry import why_not
+
+needs_kernels = pytest.mark.skipif(why_not("cpu", torch.device("cpu")) is not None, reason="no CPU kernels")
+
+SIZES = (0, 1, 31, 1000, 40_001, 70_000)  # the last two are divided between threads
+
+
+def run(algorithm, dtype, **options):
+    params = make_params(SIZES, dtype=dtype)
+    optimizer = algorithm(params, **{**BASE, **options}, backend="cpu")
+    for step in range(4):
+        set_grads(params, step)
+        optimizer.step()
+    return optimizer
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_thread_counts(dtype):
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            runs.append(run(ALGORITHMS[0], dtype, max_grad_norm=1.0, amsgrad=True))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert_same_bits(runs[0], other)
+
+
+def every_bit() -> tuple[str, dict[str, torch.Tensor]]:
+    """The instruction set in use, and the results of many steps by it."""
+    results = {}
+    for algorithm in ALGORITHMS:
+        for dtype in DTYPES:
+            for option in ("all", "clip", "base"):
+                for name, value in states(run(algorithm, dtype, **OPTIONS[option])):
+                    results[f"{algorithm.__name__} {dtype} {option} {name}"] = value
+    return _ops.cpu_capability(), results
+
+
+@needs_kernels
+@pytest.mark.skipif(_ops.load_error("_C") is not None or _ops.cpu_capability() == "DEFAULT", reason="one instruction set only")
+def test_instruction_sets(tmp_path):
+    """Each set that this machine runs, in a process of its own, since the choice is made once."""
+    capability, expected = every_bit()
+    seen = {capability}
+    for named in ("AVX2", "DEFAULT"):
+        file = tmp_path / named
+        script = f"import torch, test_determinism as t; torch.save(t.every_bit(), {str(file)!r})"
+        environment = {**os.environ, "MAXVA_CPU_CAPABILITY": named, "PYTHONPATH": os.path.dirname(__file__)}
+        subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+        used, results = torch.load(file)
+        seen.add(used)
+        assert used == named
+        assert results.keys() == expected.keys()
+        for name, value in results.items():
+            assert torch.equal(value, expected[name]), f"{used} against {capability}: {name}"
+    assert "DEFAULT" in seen

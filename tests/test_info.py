@@ -1,0 +1,111 @@
+"""What the installation says of itself."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import maxva_kernels
+from maxva_kernels import _ops, info
+from maxva_kernels.backends import registry
+
+BUILT = {"version": "1.2", "cpu": {"built": True}, "cuda": {"built": False, "reason": "no nvcc"}, "torch": "2.14.1"}
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An empty folder in the place of the installed package."""
+    folder = tmp_path / "source" / "maxva_kernels"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(info, "PACKAGE", folder)
+    monkeypatch.setattr(sys, "path", [])
+    return folder
+
+
+def test_record_is_read(package):
+    (package / "_build.json").write_text(json.dumps(BUILT))
+    assert info.build_record() == BUILT
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"cpu": true, "cuda": true}', '{"cpu": {}}', "\xff"])
+def test_broken_record_counts_as_nothing_built(package, text):
+    (package / "_build.json").write_text(text, encoding="latin-1")
+    for module in ("cpu", "cuda"):
+        entry = info.build_record()[module]
+        assert entry["built"] is False
+        assert "_build.json cannot be read" in entry["reason"]
+        assert "install maxva-kernels again" in entry["reason"]
+
+
+def test_record_whose_values_are_odd(package):
+    (package / "_build.json").write_text('{"cpu": {"built": "yes"}, "cuda": {"built": 0}}')
+    assert "neither true nor false" in info.build_record()["cpu"]["reason"]
+
+
+def test_tree_that_was_not_built(package):
+    reason = info.build_record()["cpu"]["reason"]
+    assert str(package) in reason
+    assert "pip install ." in reason
+
+
+def test_tree_that_hides_the_installation(package, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    (site / "maxva_kernels").mkdir(parents=True)
+    (site / "maxva_kernels" / "_build.json").write_text(json.dumps(BUILT))
+    (site / "maxva_kernels-1.2.dist-info").mkdir()
+    (site / "maxva_kernels-1.2.dist-info" / "METADATA").write_text("Name: maxva-kernels\nVersion: 1.2\n")
+    monkeypatch.setattr(sys, "path", [str(package.parent), str(site)])
+    reason = info.build_record()["cuda"]["reason"]
+    assert str(package.parent) in reason
+    assert str(site) in reason
+    assert "run from another folder" in reason
+
+
+def test_report_names_every_backend_and_why_not(package, monkeypatch):
+    (package / "_build.json").write_text(json.dumps(BUILT))
+    reasons = {"cuda": "there is no GPU", "triton": "Triton has no GPU either", "cpu": "the module is gone"}
+    monkeypatch.setattr(registry, "why_not", lambda name, device: reasons.get(name))
+    monkeypatch.setattr(_ops, "load_error", lambda module: f"{module} does not fit")
+    lines = info.report().splitlines()
+    assert lines[0].startswith(f"maxva-kernels {maxva_kernels.__version__} in {package}")
+    assert any(line.startswith(f"torch {torch.__version__}") for line in lines)
+    assert "CPU kernel: built with torch 2.14.1, but does not load: _C does not fit" in lines
+    assert "CUDA kernels: not built: no nvcc" in lines
+    rows = {line.split()[0]: line.split(maxsplit=3)[1:] for line in lines[lines.index("") + 2 :]}
+    assert list(rows) == list(registry.BACKENDS)
+    assert rows["cuda"] == ["no", "no", "there is no GPU"]
+    assert rows["triton"] == ["-", "no", "Triton has no GPU either"]
+    assert rows["cpu"] == ["yes", "no", "the module is gone"]
+    assert rows["reference"][:2] == ["-", "yes"]
+
+
+def test_report_of_cuda_kernels(package, monkeypatch):
+    record = {**BUILT, "cuda": {"built": True}, "cuda_home": "/opt/cuda", "archs": "9.0"}
+    (package / "_build.json").write_text(json.dumps(record))
+    monkeypatch.setattr(registry, "why_not", lambda name, device: "not in this test")
+    monkeypatch.setattr(_ops, "load_error", lambda module: None)
+    assert "CUDA kernels: built with torch 2.14.1 and /opt/cuda for 9.0" in info.report().splitlines()
+
+
+def test_devices_asked_about(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(registry, "why_not", lambda name, device: asked.setdefault(name, device.type))
+    info.report()
+    assert asked == {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "reference": "cpu"}
+
+
+@pytest.mark.parametrize("arguments", [[], ["info"]])
+def test_command_line(tmp_path, arguments):
+    command = [sys.executable, "-m", "maxva_kernels", *arguments]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.startswith(f"maxva-kernels {maxva_kernels.__version__}")
+    assert all(f"\n{name} " in result.stdout for name in registry.BACKENDS)
+
+
+def test_command_line_refuses_what_it_does_not_know(tmp_path):
+    command = [sys.executable, "-m", "maxva_kernels", "bogus"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "bogus" in result.stderr

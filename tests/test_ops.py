@@ -1,0 +1,86 @@
+"""The registered operators, as torch sees them: schemas, fakes, tracing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import make_params, set_grads
+
+from maxva_kernels import MAdam, _ops
+from maxva_kernels.backends.registry import why_not
+
+pytestmark = pytest.mark.skipif(why_not("cpu", torch.device("cpu")) is not None, reason="no CPU kernels")
+
+
+def step_arguments(amsgrad: bool, dtype: torch.dtype = torch.float32):
+    """Arguments of maxva::step_ over two groups, the second with AMSGrad if asked for."""
+    params = make_params((5, 0, 33), dtype=dtype)
+    set_grads(params, 0)
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+    moments = [[torch.zeros_like(param, dtype=state) for param in params] for _ in range(4)]
+    steps = [torch.zeros((), dtype=torch.int64) for _ in params]
+    maxima = [torch.zeros_like(params[2], dtype=state)] if amsgrad else []
+    lists = ([param.detach() for param in params], [param.grad for param in params], *moments, maxima, steps)
+    options = {
+        "laprop": False,
+        "group_sizes": [2, 1],
+        "lr": torch.tensor([0.1, 0.2], dtype=torch.float64),
+        "beta1": [0.9, 0.8],
+        "beta2_lower": [0.5, 0.5],
+        "beta2_upper": [0.999, 0.98],
+        "beta2_init": [0.999, 0.9],
+        "eps": [1e-8, 1e-6],
+        "weight_decay": [0.0, 0.1],
+        "decoupled_weight_decay": [1, 0],
+        "amsgrad": [0, int(amsgrad)],
+        "maximize": [0, 1],
+        "adam_eps": [0, 1],
+        "grad_scale": torch.tensor(2.0),
+        "found_inf": torch.tensor(0.0),
+        "grad_norm": torch.tensor(3.0),
+        "max_grad_norm": 1.0,
+    }
+    return lists, options
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_opcheck_step(dtype, amsgrad):
+    torch.library.opcheck(_ops.step_, *step_arguments(amsgrad, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_opcheck_grad_norm(dtype):
+    torch.library.opcheck(_ops.grad_norm, ([torch.randn(5, dtype=dtype), torch.randn(3, 4)],))
+
+
+def test_every_list_is_checked():
+    """A list of another length is refused before anything is read beyond its end."""
+    lists, options = step_arguments(amsgrad=True)
+    for i in range(len(lists)):
+        short = [list(values) for values in lists]
+        short[i].pop()
+        with pytest.raises(RuntimeError, match="entries for"):
+            _ops.step_(*short, **options)
+    for name, value in options.items():
+        if isinstance(value, list):
+            with pytest.raises(RuntimeError, match="entries for"):
+                _ops.step_(*lists, **{**options, name: value[:1]})
+    with pytest.raises(RuntimeError, match="lr must be"):
+        _ops.step_(*lists, **{**options, "lr": options["lr"].float()})
+    assert not any(step.item() for step in lists[-1])
+
+
+def test_step_traces_into_a_graph():
+    """Captured, functionalised and run by AOTAutograd, the operator still updates in place."""
+    (param,) = make_params((20,))
+    set_grads([param], 0)
+    eager = torch.nn.Parameter(param.detach().clone())
+    eager.grad = param.grad.clone()
+    for p, compiled in ((param, True), (eager, False)):
+        optimizer = MAdam([p], lr=0.1, backend="cpu")
+        optimizer.step()
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        step()
+        assert optimizer.state[p]["step"].item() == 2
+    assert torch.equal(param, eager)
