@@ -49,7 +49,7 @@ struct Hyperparameters {
   T beta_upper, one_minus_beta_upper;
   T beta_lower, one_minus_beta_lower;
   T first_weight;  // 1 - beta2_init: the weight of the first gradient (Eq. 7)
-  T saturation;  // w is set to 1 once 1 - w is at most this
+  T saturation;    // w is set to 1 once 1 - w is at most this
   bool decoupled_weight_decay;
 };
 
@@ -63,22 +63,16 @@ struct Coefficients {
   T first_weight, saturation;
   T eps;
   T step_size;  // lr / (1 - alpha^t)
-  T decay;  // lr * weight_decay, or 0 where it is not decoupled
-  T l2;  // weight_decay added to the gradient, or 0 where it is decoupled
+  T decay;      // lr * weight_decay, or 0 where it is not decoupled
+  T l2;         // weight_decay added to the gradient, or 0 where it is decoupled
 };
 
 // The bounds of beta enter as 1 - beta, rounded once from double; beta is the exact complement of that, so that their
 // sum is exactly 1 and a saturated w stays 1.
 template <typename T>
-inline Hyperparameters<T> make_hyperparameters(
-    double lr,
-    double alpha,
-    double beta_lower,
-    double beta_upper,
-    double beta_init,
-    double eps,
-    double weight_decay,
-    bool decoupled_weight_decay) {
+inline Hyperparameters<T> make_hyperparameters(double lr, double alpha, double beta_lower, double beta_upper,
+                                               double beta_init, double eps, double weight_decay,
+                                               bool decoupled_weight_decay) {
   constexpr bool kDouble = sizeof(T) == sizeof(double);
   const double half_ulp = std::numeric_limits<T>::epsilon() / 2.0;
   const double most = kDouble ? 0x1p-43 : 0x1p-14;

@@ -2,9 +2,9 @@
 //
 // Note [Deterministic norm]
 // Each tensor is cut into chunks of kNormChunk elements. Element i of a chunk belongs to lane i % kNormLanes; a lane
-// adds its elements in order, the lanes are added pairwise (lane j += lane j + stride, stride = kNormLanes/2 ... 1), and
-// the chunks' sums, in the order of the tensors, are reduced once more by the same rule. Which thread computes a lane
-// does not matter, so the result depends neither on threads, nor on vector width, nor on the backend.
+// adds its elements in order, the lanes are added pairwise (lane j += lane j + stride, stride = kNormLanes/2 ... 1),
+// and the chunks' sums, in the order of the tensors, are reduced once more by the same rule. Which thread computes a
+// lane does not matter, so the result depends neither on threads, nor on vector width, nor on the backend.
 //
 // Squares of finite values may overflow or vanish, so each lane keeps three sums (J. L. Blue, ACM TOMS 4, 1978):
 // large and small values are scaled by a power of two before they are squared.
@@ -22,7 +22,7 @@ struct NormScale;
 template <>
 struct NormScale<float> {
   static constexpr float kLarge = 0x1p44f, kSmall = 0x1p-44f;  // squares of what lies between are summed as they are
-  static constexpr float kDown = 0x1p-84f, kUp = 0x1p84f;  // applied before squaring
+  static constexpr float kDown = 0x1p-84f, kUp = 0x1p84f;      // applied before squaring
 };
 template <>
 struct NormScale<double> {

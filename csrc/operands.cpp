@@ -59,7 +59,7 @@ bool same_device(const Tensor& a, const Tensor& b) {
 
 bool is_supported(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
-      dtype == ScalarType::Double;
+         dtype == ScalarType::Double;
 }
 
 bool same_ints(IntHeaderOnlyArrayRef a, IntHeaderOnlyArrayRef b) {
@@ -135,8 +135,8 @@ Tensor empty_strided_like(const Tensor& tensor, const int64_t* strides) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   AtenTensorHandle handle = nullptr;
   const auto sizes = tensor.sizes();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      tensor.dim(), sizes.data(), strides, dtype, device_type(tensor), tensor.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(tensor.dim(), sizes.data(), strides, dtype, device_type(tensor),
+                                                  tensor.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -157,44 +157,45 @@ std::string describe(const Tensor& tensor, const char* list, size_t index) {
 }
 
 void check_param(const Tensor& param, const Tensor& device_of, size_t index) {
-  STD_TORCH_CHECK(
-      is_strided(param), "maxva: params[", index, "] is sparse, which is not supported; use a dense parameter");
+  STD_TORCH_CHECK(is_strided(param), "maxva: params[", index,
+                  "] is sparse, which is not supported; use a dense parameter");
   const auto named = [&] { return describe(param, "params", index); };
-  STD_TORCH_CHECK(
-      is_supported(param.scalar_type()),
-      "maxva: ", named(), " must be float32, bfloat16, float16 or float64; ",
-      "for a complex parameter optimise torch.view_as_real(parameter)");
-  STD_TORCH_CHECK(
-      same_device(param, device_of),
-      "maxva: ", named(), " is on another device than ", describe(device_of, "params", 0),
-      "; pass the parameters of each device in a call of their own");
-  STD_TORCH_CHECK(
-      !may_overlap(param), "maxva: ", named(),
-      " has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()");
+  STD_TORCH_CHECK(is_supported(param.scalar_type()), "maxva: ", named(),
+                  " must be float32, bfloat16, float16 or float64; ",
+                  "for a complex parameter optimise torch.view_as_real(parameter)");
+  STD_TORCH_CHECK(same_device(param, device_of), "maxva: ", named(), " is on another device than ",
+                  describe(device_of, "params", 0), "; pass the parameters of each device in a call of their own");
+  STD_TORCH_CHECK(!may_overlap(param), "maxva: ", named(),
+                  " has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()");
 }
 
-void check_like(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param, const ScalarType* required, bool written) {
-  STD_TORCH_CHECK(
-      is_strided(tensor), "maxva: ", list.name, "[", index, "] is sparse, which is not supported; ",
-      "use .to_dense(), or sparse=False where the layer that makes it has that option");
+void check_like(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param,
+                const ScalarType* required, bool written) {
+  STD_TORCH_CHECK(is_strided(tensor), "maxva: ", list.name, "[", index, "] is sparse, which is not supported; ",
+                  "use .to_dense(), or sparse=False where the layer that makes it has that option");
   const auto named = [&] { return describe(tensor, list.name, index); };
   const auto its_param = [&] { return describe(param, "params", index); };
   const ScalarType dtype = tensor.scalar_type();
   if (required != nullptr) {
-    STD_TORCH_CHECK(
-        dtype == *required, "maxva: ", named(), " must be ", dtype_name(*required), " as the state of ", its_param(),
-        "; was a checkpoint loaded in another dtype?");
+    STD_TORCH_CHECK(dtype == *required, "maxva: ", named(), " must be ", dtype_name(*required), " as the state of ",
+                    its_param(), "; was a checkpoint loaded in another dtype?");
   } else {
-    STD_TORCH_CHECK(
-        is_supported(dtype), "maxva: ", named(), " must be float32, bfloat16, float16 or float64 beside ", its_param());
+    STD_TORCH_CHECK(is_supported(dtype), "maxva: ", named(), " must be float32, bfloat16, float16 or float64 beside ",
+                    its_param());
   }
+  STD_TORCH_CHECK(same_ints(tensor.sizes(), param.sizes()), "maxva: ", named(), " must have the shape of ",
+                  its_param());
+  STD_TORCH_CHECK(same_device(tensor, param), "maxva: ", named(), " must be on the device of ", its_param(),
+                  "; move it there");
+  STD_TORCH_CHECK(!written || !may_overlap(tensor), "maxva: ", named(),
+                  " has elements that share memory (an expanded tensor?); use .clone()");
+}
+
+void check_scalar(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param, ScalarType required) {
   STD_TORCH_CHECK(
-      same_ints(tensor.sizes(), param.sizes()), "maxva: ", named(), " must have the shape of ", its_param());
-  STD_TORCH_CHECK(
-      same_device(tensor, param), "maxva: ", named(), " must be on the device of ", its_param(), "; move it there");
-  STD_TORCH_CHECK(
-      !written || !may_overlap(tensor), "maxva: ", named(),
-      " has elements that share memory (an expanded tensor?); use .clone()");
+      is_strided(tensor) && tensor.scalar_type() == required && tensor.numel() == 1 && same_device(tensor, param),
+      "maxva: ", describe(tensor, list.name, index), " must be one ", dtype_name(required), " on the device of ",
+      describe(param, "params", index));
 }
 
 FlatOperands::FlatOperands(const Tensor& param) : param_(param) {

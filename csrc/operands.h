@@ -17,10 +17,6 @@ using torch::stable::Tensor;
 // "grads[3] (shape [2, 3], torch.float32, strides [3, 1], cpu)"
 std::string describe(const Tensor& tensor, const char* list, size_t index);
 
-// The tensors of one parameter's step, in the order of the schema.
-enum class Role : int { kParam, kGrad, kExpAvg, kGradMean, kGradVar, kWeightSum, kMaxDenom };
-constexpr int kRoles = 7;
-
 // A list of the schema with its name, for messages.
 struct NamedList {
   const char* name;
@@ -31,7 +27,11 @@ struct NamedList {
 void check_param(const Tensor& param, const Tensor& device_of, size_t index);
 
 // Raises unless `tensor` has the parameter's shape and device and a floating-point dtype; `required`: exactly that one.
-void check_like(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param, const ScalarType* required, bool written);
+void check_like(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param,
+                const ScalarType* required, bool written);
+
+// Raises unless `tensor` is one element of that dtype on the parameter's device.
+void check_scalar(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param, ScalarType required);
 
 // The dtype of a parameter's state and of its arithmetic.
 inline ScalarType state_dtype(ScalarType param) {

@@ -62,11 +62,11 @@ def unwrap(state: MutableMapping[Any, Any]) -> None:
 
 def _copy(name: str, value: Any, param: Tensor) -> Tensor:
     if name == "step":  # an int, or a float tensor, where another tool wrote the checkpoint
-        return torch.as_tensor(value).detach().to(param.device, torch.int64, copy=True)
+        return torch.as_tensor(value).detach().reshape(()).to(param.device, torch.int64, copy=True)
     if type(value) is Tensor and value.shape == param.shape:
         layout = param.detach()
         return torch.empty_like(layout, dtype=value.dtype, memory_format=torch.preserve_format).copy_(value)
-    return value.detach().to(param.device, copy=True)  # type: ignore[no-any-return]
+    return value.detach().to(param.device, copy=True)
 
 
 def _check_group(optimizer: Optimizer, index: int, group: dict[str, Any]) -> None:
@@ -90,6 +90,10 @@ def _check_state(index: int, param: Tensor, entries: Any) -> None:
     if not isinstance(entries, dict) or any(name not in entries for name in names):
         found = sorted(map(str, entries)) if isinstance(entries, dict) else type(entries).__name__
         raise ValueError(f"{where} must have {list(names)}, this checkpoint has {found}; was it written by MaxVA?")
+    step = entries["step"]
+    if not isinstance(step, int | float) and not (isinstance(step, Tensor) and step.numel() == 1):
+        found = f"a tensor of shape {list(step.shape)}" if isinstance(step, Tensor) else repr(step)
+        raise ValueError(f"{where} must have one number as step, this checkpoint has {found}")
     for name in (*MOMENTS, "max_denom"):
         value = entries.get(name)
         if value is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .groups import Group, joined, state_dtype
+from .groups import Group, Scaling, joined, state_dtype
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -16,7 +16,7 @@ def check_grads(grads: list[Tensor]) -> None:
     """Raises RuntimeError unless `grads` is a non-empty list of dense floating-point tensors."""
     _require(len(grads) > 0, "grads is empty; pass at least one tensor")
     for i, grad in enumerate(grads):
-        _check_like(grad, "grads", i, grad, None)
+        _check_like(grad, "grads", i, grad, None, i)
 
 
 def check_groups(groups: Sequence[Group]) -> None:
@@ -41,17 +41,28 @@ def check_groups(groups: Sequence[Group]) -> None:
             f"{named} has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()",
         )
     for i, grad in enumerate(joined(groups, "grads")):
-        _check_like(grad, "grads", i, params[i], None)
+        _check_like(grad, "grads", i, params[i], None, i)
     for name in ("exp_avgs", "grad_means", "grad_vars", "weight_sums"):
         for i, moment in enumerate(joined(groups, name)):
-            _check_state(moment, name, i, params[i])
+            _check_state(moment, name, i, params[i], i)
     with_max = [hyper.amsgrad for hyper, tensors in groups for _ in tensors.params]
-    indices = (i for i, amsgrad in enumerate(with_max) if amsgrad)  # of the parameters, by which messages count
-    for i, moment in zip(indices, joined(groups, "max_denoms"), strict=True):
-        _check_state(moment, "max_denoms", i, params[i])
+    param_indices = [i for i, amsgrad in enumerate(with_max) if amsgrad]
+    for i, moment in enumerate(joined(groups, "max_denoms")):
+        _check_state(moment, "max_denoms", i, params[param_indices[i]], param_indices[i])
     for i, step in enumerate(joined(groups, "steps")):
         _require(
-            step.dtype == torch.int64 and step.numel() == 1, f"{describe(step, 'steps', i)} must be one int64"
+            step.dtype == torch.int64 and step.numel() == 1 and step.device == params[i].device,
+            f"{describe(step, 'steps', i)} must be one torch.int64 on the device of {describe(params[i], 'params', i)}",
+        )
+
+
+def check_scaling(scaling: Scaling) -> None:
+    """Raises RuntimeError, naming it, unless each of its tensors is a scalar."""
+    for name in ("grad_scale", "found_inf", "grad_norm"):
+        scalar = getattr(scaling, name)
+        _require(
+            scalar is None or (scalar.numel() == 1 and scalar.dtype in (torch.float32, torch.float64)),
+            f"{name} must be one float32 or float64",
         )
 
 
@@ -76,30 +87,30 @@ def _require(holds: bool, message: str) -> None:
         raise RuntimeError(f"maxva: {message}")
 
 
-def _check_state(tensor: Tensor, name: str, index: int, param: Tensor) -> None:
-    _check_like(tensor, name, index, param, state_dtype(param))
+def _check_state(tensor: Tensor, name: str, index: int, param: Tensor, param_index: int) -> None:
+    _check_like(tensor, name, index, param, state_dtype(param), param_index)
     _require(
         not _may_overlap(tensor),
         f"{describe(tensor, name, index)} has elements that share memory (an expanded tensor?); use .clone()",
     )
 
 
-def _check_like(tensor: Tensor, name: str, index: int, param: Tensor, required: torch.dtype | None) -> None:
+def _check_like(
+    tensor: Tensor, name: str, index: int, param: Tensor, required: torch.dtype | None, param_index: int
+) -> None:
     _require(
         tensor.layout == torch.strided,
         f"{name}[{index}] is sparse, which is not supported; "
         "use .to_dense(), or sparse=False where the layer that makes it has that option",
     )
-    named, its_param = describe(tensor, name, index), describe(param, "params", index)
+    named, its_param = describe(tensor, name, index), describe(param, "params", param_index)
     if required is not None:
         _require(
             tensor.dtype == required,
             f"{named} must be {required} as the state of {its_param}; was a checkpoint loaded in another dtype?",
         )
     else:
-        _require(
-            tensor.dtype in SUPPORTED, f"{named} must be float32, bfloat16, float16 or float64 beside {its_param}"
-        )
+        _require(tensor.dtype in SUPPORTED, f"{named} must be float32, bfloat16, float16 or float64 beside {its_param}")
     _require(tensor.shape == param.shape, f"{named} must have the shape of {its_param}")
     _require(tensor.device == param.device, f"{named} must be on the device of {its_param}; move it there")
 

@@ -125,5 +125,5 @@ class Scaling(NamedTuple):
 def joined(groups: Sequence[Group], name: str) -> list[Tensor]:
     """One list of all groups' tensors of that name."""
     if len(groups) == 1:
-        return getattr(groups[0].tensors, name)  # type: ignore[no-any-return]
+        return getattr(groups[0].tensors, name)
     return [tensor for group in groups for tensor in getattr(group.tensors, name)]

@@ -24,7 +24,9 @@ class PaperState(NamedTuple):
     w: Tensor
 
 
-def to_paper(exp_avg: Tensor, grad_mean: Tensor, grad_var: Tensor, weight_sum: Tensor, dtype: torch.dtype) -> PaperState:
+def to_paper(
+    exp_avg: Tensor, grad_mean: Tensor, grad_var: Tensor, weight_sum: Tensor, dtype: torch.dtype
+) -> PaperState:
     """u~ = w u and v~ = w (s + u^2), computed in ``dtype``."""
     m, u, s, w = (tensor.to(dtype) for tensor in (exp_avg, grad_mean, grad_var, weight_sum))
     return PaperState(m, w * u, w * (s + u * u), w)
@@ -37,27 +39,31 @@ def from_paper(state: PaperState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return state.m, u, s, state.w
 
 
-def unclipped_beta(g: Tensor, state: PaperState) -> Tensor:
-    """Eq. 6: the beta that maximises the estimated variance, in [1/(1+w), 1/(1-w)]; NaN where w = 0."""
+def unclipped_beta(g: Tensor, state: PaperState, delta: float = 0.0) -> Tensor:
+    """Eq. 6: the beta that maximises the estimated variance, in [1/(1+w), 1/(1-w)]; NaN where w = 0.
+
+    ``delta`` is what the paper adds to the denominator against 0/0 (Section 3, implementation notes). Squared gradients
+    are often smaller than any such constant, so the default does without: where nothing deviates and nothing ever did
+    every beta is right, and the largest is taken.
+    """
     w = state.w
     u = state.u / w
     variance = (state.v / w - u * u).clamp(min=0)
     deviation = (g - u) ** 2
     numerator = deviation + variance
-    denominator = w * (deviation - variance) + deviation + variance
-    # 0/0: nothing deviates and nothing ever did, so that every beta is right; we keep what there is.
-    return torch.where(numerator == 0, 1 / (1 - w), numerator / denominator)
+    denominator = w * (deviation - variance) + deviation + variance + delta
+    return torch.where(denominator == 0, 1 / (1 - w), numerator / denominator)
 
 
-def maxva_beta(g: Tensor, state: PaperState, hyper: Hyperparameters) -> Tensor:
+def maxva_beta(g: Tensor, state: PaperState, hyper: Hyperparameters, delta: float = 0.0) -> Tensor:
     """beta_t: Eq. 6 within its bounds (line 8), or Eq. 7 where w = 0, before the first gradient."""
-    beta = unclipped_beta(g, state).clamp(*hyper.beta2_range)
+    beta = unclipped_beta(g, state, delta).clamp(*hyper.beta2_range)
     return torch.where(state.w == 0, hyper.first_beta2, beta)
 
 
-def update_moments(g: Tensor, state: PaperState, hyper: Hyperparameters) -> PaperState:
+def update_moments(g: Tensor, state: PaperState, hyper: Hyperparameters, delta: float = 0.0) -> PaperState:
     """Lines 7 to 11 of Algorithm 1; m~ is left to the algorithm."""
-    beta = maxva_beta(g, state, hyper)
+    beta = maxva_beta(g, state, hyper, delta)
     u = beta * state.u + (1 - beta) * g
     v = beta * state.v + (1 - beta) * g**2
     w = beta * state.w + (1 - beta)

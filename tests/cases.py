@@ -73,7 +73,10 @@ def backend_params(*, oracle: bool = True) -> list:
 
 
 def make_params(
-    sizes: tuple[int, ...] = SIZES, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+    sizes: tuple[int, ...] = SIZES,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
 ) -> list[torch.nn.Parameter]:
     """Parameters of order 1, one for each size."""
     generator = torch.Generator().manual_seed(seed)
@@ -82,7 +85,12 @@ def make_params(
 
 
 def set_grads(
-    params: list[torch.nn.Parameter], step: int, *, mean: float = 0.3, scale: float = 0.5, dtype: torch.dtype | None = None
+    params: list[torch.nn.Parameter],
+    step: int,
+    *,
+    mean: float = 0.3,
+    scale: float = 0.5,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Gradients of step `step`: the same values on every device and, but for rounding, in every dtype."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -108,5 +116,10 @@ def assert_same_bits(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None
     assert left.keys() == right.keys()
     for name, value in left.items():
         torch.testing.assert_close(
-            value.cpu(), right[name].cpu(), rtol=0, atol=0, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"
+            value.cpu(),
+            right[name].cpu(),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+            msg=lambda text, name=name: f"{name}: {text}",
         )

@@ -54,7 +54,9 @@ def every_bit() -> tuple[str, dict[str, torch.Tensor]]:
 
 
 @needs_kernels
-@pytest.mark.skipif(_ops.load_error("_C") is not None or _ops.cpu_capability() == "DEFAULT", reason="one instruction set only")
+@pytest.mark.skipif(
+    _ops.load_error("_C") is not None or _ops.cpu_capability() == "DEFAULT", reason="one instruction set only"
+)
 def test_instruction_sets(tmp_path):
     """Each set that this machine runs, in a process of its own, since the choice is made once."""
     capability, expected = every_bit()

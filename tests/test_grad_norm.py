@@ -41,7 +41,11 @@ def test_norm_follows_its_rule_bit_for_bit(dtype, backend):
 
 @pytest.mark.parametrize("backend", backend_params())
 def test_norm_of_mixed_dtypes(backend):
-    grads = [param.detach() for dtype in DTYPES for param in make_params((0, 5, 2000), dtype=dtype, device=device_of(backend))]
+    grads = [
+        param.detach()
+        for dtype in DTYPES
+        for param in make_params((0, 5, 2000), dtype=dtype, device=device_of(backend))
+    ]
     norm = functional.grad_norm(grads, backend=backend)
     exact = torch.cat([grad.double() for grad in grads]).norm()
     assert norm.dtype == torch.float64  # one of them is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -31,7 +32,9 @@ def paper_state(u: float, s: float, w: float) -> reference.PaperState:
 
 
 def hyper(lower: float = 0.5, upper: float = 0.999, **options) -> Hyperparameters:
-    return Hyperparameters(**{"lr": 0.1, "beta1": 0.9, "beta2_range": (lower, upper), "eps": 1e-8, "weight_decay": 0.0, **options})
+    return Hyperparameters(
+        **{"lr": 0.1, "beta1": 0.9, "beta2_range": (lower, upper), "eps": 1e-8, "weight_decay": 0.0, **options}
+    )
 
 
 @given(g=reals, u=reals, s=variances, w=weights)
@@ -77,7 +80,7 @@ def test_w_rises_from_its_first_value_to_1(gradients, init):
         state = reference.update_moments(scalar(g), state, h)
         weights.append(state.w.item())
     assert weights[0] == pytest.approx(1 - init)
-    assert all(a <= b + 1e-15 for a, b in zip(weights, weights[1:], strict=False))
+    assert all(a <= b + 1e-15 for a, b in itertools.pairwise(weights))
     assert weights[-1] <= 1 + 1e-15
 
 
@@ -102,7 +105,13 @@ def test_equal_bounds_are_adam(beta2, decoupled, backend):
     params, twins = (make_params(dtype=torch.float64, device=device_of(backend)) for _ in range(2))
     common = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
     ours = MAdam(
-        params, beta1=0.8, beta2_range=(beta2, beta2), eps_mode="adam", decoupled_weight_decay=decoupled, backend=backend, **common
+        params,
+        beta1=0.8,
+        beta2_range=(beta2, beta2),
+        eps_mode="adam",
+        decoupled_weight_decay=decoupled,
+        backend=backend,
+        **common,
     )
     theirs = (torch.optim.AdamW if decoupled else torch.optim.Adam)(twins, betas=(0.8, beta2), foreach=False, **common)
     for step in range(100):
@@ -118,7 +127,9 @@ def test_equal_bounds_are_laprop(backend):
     """LaMAdam with equal bounds is LaProp (Ziyin et al., 2020), written out here."""
     (param,) = make_params((50,), dtype=torch.float64, device=device_of(backend))
     theta, m, v = param.detach().clone(), 0.0, 0.0
-    optimizer = LaMAdam([param], lr=1e-2, beta1=0.8, beta2_range=(0.95, 0.95), eps=1e-3, eps_mode="adam", backend=backend)
+    optimizer = LaMAdam(
+        [param], lr=1e-2, beta1=0.8, beta2_range=(0.95, 0.95), eps=1e-3, eps_mode="adam", backend=backend
+    )
     for step in range(1, 60):
         set_grads([param], step)
         optimizer.step()

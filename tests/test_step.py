@@ -10,7 +10,18 @@ import copy
 
 import pytest
 import torch
-from cases import ALGORITHMS, BASE, DTYPES, OPTIONS, assert_same_bits, backend_params, device_of, make_params, set_grads, states
+from cases import (
+    ALGORITHMS,
+    BASE,
+    DTYPES,
+    OPTIONS,
+    assert_same_bits,
+    backend_params,
+    device_of,
+    make_params,
+    set_grads,
+    states,
+)
 
 STEPS = 12
 
@@ -101,7 +112,9 @@ def test_rounding_to_16_bits_is_to_nearest_even(dtype, backend):
     assert param[nan].isnan().all()
 
     # Stores: theta = -lr * g with beta1 = 0 and denominators of exactly 1 (eps = 1, the gradient's square vanishes).
-    wide = torch.cat([every.float(), every.float() * (1 + 2.0**-12), every.float() * (1 + 2.0**-9), every.float() * 1.001])
+    wide = torch.cat(
+        [every.float(), every.float() * (1 + 2.0**-12), every.float() * (1 + 2.0**-9), every.float() * 1.001]
+    )
     wide = wide[wide.isfinite()]
     target = torch.nn.Parameter(torch.zeros_like(wide, dtype=dtype))
     shift = torch.nn.Parameter(torch.zeros_like(wide))

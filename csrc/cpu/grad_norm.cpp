@@ -14,6 +14,9 @@
 namespace maxva::cpu {
 namespace {
 
+// Elements below which a thread is not worth waking.
+constexpr int64_t kGrain = 65536;
+
 struct Chunk {
   const char* data;
   DType dtype;
@@ -41,9 +44,12 @@ SumOfSquares<T> reduce(const std::vector<SumOfSquares<T>>& sums) {
 }
 
 template <typename T>
-T global_norm(const std::vector<Chunk>& chunks, SumOfSquares<T> (*sum_of_squares)(const void*, DType, int64_t)) {
+T global_norm(const std::vector<Chunk>& chunks, int64_t total,
+              SumOfSquares<T> (*sum_of_squares)(const void*, DType, int64_t)) {
   std::vector<SumOfSquares<T>> sums(chunks.size());
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), 4, [&](int64_t begin, int64_t end) {
+  const int64_t count = static_cast<int64_t>(chunks.size());
+  const int64_t grain = total == 0 ? 1 : kGrain * count / total + 1;  // chunks that hold kGrain elements
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       sums[i] = sum_of_squares(chunks[i].data, chunks[i].dtype, chunks[i].count);
     }
@@ -56,6 +62,7 @@ Tensor grad_norm_cpu(std::vector<Tensor> grads) {
   std::vector<Tensor> flat;
   std::vector<Chunk> chunks;
   bool any_double = false;
+  int64_t total = 0;
   for (size_t i = 0; i < grads.size(); ++i) {
     check_like(grads[i], {"grads", &grads}, i, grads[i], nullptr, false);
     any_double = any_double || grads[i].scalar_type() == ScalarType::Double;
@@ -64,6 +71,7 @@ Tensor grad_norm_cpu(std::vector<Tensor> grads) {
     if (grad.numel() == 0) {
       continue;
     }
+    total += grad.numel();
     const Tensor& elements = flat.emplace_back(dense(grad));
     const char* data = static_cast<const char*>(elements.const_data_ptr());
     for (int64_t start = 0, size = grad.element_size(); start < grad.numel(); start += kNormChunk) {
@@ -72,9 +80,10 @@ Tensor grad_norm_cpu(std::vector<Tensor> grads) {
   }
   Tensor norm = torch::stable::new_empty(grads[0], {}, any_double ? ScalarType::Double : ScalarType::Float);
   if (any_double) {
-    *static_cast<double*>(norm.mutable_data_ptr()) = global_norm<double>(chunks, kernels().sum_of_squares_double);
+    *static_cast<double*>(norm.mutable_data_ptr()) =
+        global_norm<double>(chunks, total, kernels().sum_of_squares_double);
   } else {
-    *static_cast<float*>(norm.mutable_data_ptr()) = global_norm<float>(chunks, kernels().sum_of_squares);
+    *static_cast<float*>(norm.mutable_data_ptr()) = global_norm<float>(chunks, total, kernels().sum_of_squares);
   }
   return norm;
 }

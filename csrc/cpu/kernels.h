@@ -23,7 +23,7 @@ struct TensorStep {
   void* grad_mean;
   void* grad_var;
   void* weight_sum;
-  void* max_denom;  // null without AMSGrad
+  void* max_denom;    // null without AMSGrad
   DType param_dtype;  // kDouble: state and arithmetic are double, else float
   DType grad_dtype;
   Algorithm algorithm;

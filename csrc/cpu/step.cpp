@@ -1,15 +1,15 @@
-// maxva::step_ for CPU tensors: checks, then one parallel walk over all elements of all tensors.
+// maxva::step_ for CPU tensors: one parallel walk over all elements of all tensors.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <optional>
+#include <utility>
 
 #include "cpu/kernels.h"
 #include "cpu/tensors.h"
 #include "operands.h"
+#include "step_arguments.h"
 
 namespace maxva::cpu {
 namespace {
@@ -19,167 +19,107 @@ constexpr int64_t kGrain = 32768;
 // Threads divide a tensor at multiples of this, so that no two write to one cache line of an aligned tensor.
 constexpr int64_t kSplit = 64;
 
-struct Group {
-  Hyperparameters<float> single;
-  Hyperparameters<double> twice;
-  float factor_single;
-  double factor_twice;
-  EpsMode eps_mode;
-  bool amsgrad;
+// All tensors of a step as one row of elements: tensors[i] has those from ends[i-1] to ends[i].
+struct Work {
+  std::vector<TensorStep> tensors;
+  std::vector<int64_t> ends;
+  std::vector<FlatOperands> operands;
+
+  explicit Work(size_t count) {
+    tensors.reserve(count);
+    ends.reserve(count);
+    operands.reserve(count);
+  }
+
+  int64_t total() const { return ends.empty() ? 0 : ends.back(); }
+
+  // Steps the elements begin <= i < end of the row.
+  void walk(int64_t begin, int64_t end) const {
+    const auto step = kernels().step;
+    size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
+    for (; i < tensors.size(); ++i) {
+      const int64_t start = i == 0 ? 0 : ends[i - 1];
+      if (start >= end) {
+        break;
+      }
+      const auto snap = [&](int64_t at) { return at >= ends[i] ? ends[i] - start : (at - start) / kSplit * kSplit; };
+      const int64_t from = begin <= start ? 0 : snap(begin), to = snap(end);
+      if (from < to) {
+        step(tensors[i], from, to);
+      }
+    }
+  }
 };
 
-void check_length(const char* name, size_t length, size_t expected, const char* per) {
-  STD_TORCH_CHECK(
-      length == expected, "maxva: ", name, " has ", length, " entries for ", expected, " ", per, "; pass one for each");
-}
+// Advances every tensor's step count and lists the work.
+Work prepare(const StepArguments& a) {
+  const double scale = a.grad_scale ? scalar_value(*a.grad_scale, "grad_scale") : 1;
+  const double norm = a.grad_norm ? scalar_value(*a.grad_norm, "grad_norm") : 0;
+  const double max_norm = a.grad_norm ? a.max_grad_norm : -1;
 
-// The walk: [begin, end) counts the elements of all tensors in their order.
-void walk(const std::vector<TensorStep>& tensors, const std::vector<int64_t>& ends, int64_t begin, int64_t end) {
-  const auto step = kernels().step;
-  size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin();
-  for (int64_t start = i == 0 ? 0 : ends[i - 1]; i < tensors.size() && start < end; start = ends[i], ++i) {
-    const auto snap = [&](int64_t at) { return at >= ends[i] ? ends[i] - start : (at - start) / kSplit * kSplit; };
-    const int64_t from = begin <= start ? 0 : snap(begin), to = snap(end);
-    if (from < to) {
-      step(tensors[i], from, to);
-    }
-  }
-}
-
-void step_cpu(
-    std::vector<Tensor> params,
-    std::vector<Tensor> grads,
-    std::vector<Tensor> exp_avgs,
-    std::vector<Tensor> grad_means,
-    std::vector<Tensor> grad_vars,
-    std::vector<Tensor> weight_sums,
-    std::vector<Tensor> max_denoms,
-    std::vector<Tensor> steps,
-    bool laprop,
-    std::vector<int64_t> group_sizes,
-    Tensor lr,
-    std::vector<double> beta1,
-    std::vector<double> beta2_lower,
-    std::vector<double> beta2_upper,
-    std::vector<double> beta2_init,
-    std::vector<double> eps,
-    std::vector<double> weight_decay,
-    std::vector<int64_t> decoupled_weight_decay,
-    std::vector<int64_t> amsgrad,
-    std::vector<int64_t> maximize,
-    std::vector<int64_t> adam_eps,
-    std::optional<Tensor> grad_scale,
-    std::optional<Tensor> found_inf,
-    std::optional<Tensor> grad_norm,
-    double max_grad_norm) {
-  const size_t count = params.size(), group_count = group_sizes.size();
-
-  // 1. Check everything; until all is checked nothing is changed.
-  const NamedList state[] = {
-      {"exp_avgs", &exp_avgs}, {"grad_means", &grad_means}, {"grad_vars", &grad_vars}, {"weight_sums", &weight_sums}};
-  check_length("grads", grads.size(), count, "params");
-  check_length("steps", steps.size(), count, "params");
-  for (const NamedList& list : state) {
-    check_length(list.name, list.tensors->size(), count, "params");
-  }
-  for (const auto* list : {&beta1, &beta2_lower, &beta2_upper, &beta2_init, &eps, &weight_decay}) {
-    check_length("a hyperparameter", list->size(), group_count, "groups");
-  }
-  for (const auto* list : {&decoupled_weight_decay, &amsgrad, &maximize, &adam_eps}) {
-    check_length("a mode", list->size(), group_count, "groups");
-  }
-  STD_TORCH_CHECK(
-      lr.is_cpu() && lr.scalar_type() == ScalarType::Double && lr.numel() == static_cast<int64_t>(group_count),
-      "maxva: lr must be a float64 CPU tensor with one entry for each of the ", group_count, " groups");
-  size_t in_groups = 0, with_max = 0;
-  for (size_t g = 0; g < group_count; ++g) {
-    in_groups += group_sizes[g];
-    with_max += amsgrad[g] ? group_sizes[g] : 0;
-  }
-  check_length("params", count, in_groups, "tensors counted by group_sizes");
-  check_length("max_denoms", max_denoms.size(), with_max, "params of groups with AMSGrad");
-  for (size_t i = 0; i < count; ++i) {
-    const Tensor& param = params[i];
-    check_param(param, params[0], i);
-    check_like(grads[i], {"grads", &grads}, i, param, nullptr, false);
-    const ScalarType required = state_dtype(param.scalar_type());
-    for (const NamedList& list : state) {
-      check_like((*list.tensors)[i], list, i, param, &required, true);
-    }
-    STD_TORCH_CHECK(
-        steps[i].is_cpu() && steps[i].scalar_type() == ScalarType::Long && steps[i].numel() == 1,
-        "maxva: ", describe(steps[i], "steps", i), " must be one int64 on the CPU");
-  }
+  Work work(a.params.size());
   size_t next_max = 0;
-  for (size_t g = 0, i = 0; g < group_count; i += group_sizes[g], ++g) {
-    for (size_t j = i; amsgrad[g] && j < i + group_sizes[g]; ++j) {
-      const ScalarType required = state_dtype(params[j].scalar_type());
-      check_like(max_denoms[next_max++], {"max_denoms", &max_denoms}, j, params[j], &required, true);
-    }
-  }
-
-  // 2. What holds for the whole step.
-  if (found_inf && scalar_value(*found_inf, "found_inf") != 0) {
-    return;
-  }
-  const double scale = grad_scale ? scalar_value(*grad_scale, "grad_scale") : 1;
-  const double norm = grad_norm ? scalar_value(*grad_norm, "grad_norm") : 0;
-  const double max_norm = grad_norm ? max_grad_norm : -1;
-  const double* rates = static_cast<const double*>(lr.const_data_ptr());
-
-  // 3. The groups' coefficients and the tensors' flat operands.
-  std::vector<TensorStep> work;
-  std::vector<int64_t> ends;
-  std::vector<FlatOperands> flat;
-  work.reserve(count);
-  ends.reserve(count);
-  flat.reserve(count);
-  int64_t total = 0;
-  next_max = 0;
-  for (size_t g = 0, i = 0; g < group_count; ++g) {
-    const auto hyperparameters = [&](auto zero) {
-      return make_hyperparameters<decltype(zero)>(
-          rates[g], beta1[g], beta2_lower[g], beta2_upper[g], beta2_init[g], eps[g], weight_decay[g],
-          decoupled_weight_decay[g] != 0);
-    };
-    const auto single = hyperparameters(0.0f);
-    const auto twice = hyperparameters(0.0);
-    const float factor = maxva::grad_factor(float(scale), float(norm), float(max_norm), maximize[g] != 0);
-    const double factor_twice = maxva::grad_factor(scale, norm, max_norm, maximize[g] != 0);
-    for (const size_t end = i + group_sizes[g]; i < end; ++i) {
-      int64_t& t = *static_cast<int64_t*>(steps[i].mutable_data_ptr());
-      t += 1;
-      if (params[i].numel() == 0) {
-        next_max += amsgrad[g] != 0;
+  for (size_t g = 0, i = 0; g < a.group_sizes.size(); ++g) {
+    const auto single = a.hyperparameters<float>(g);
+    const auto twice = a.hyperparameters<double>(g);
+    const float factor = grad_factor(float(scale), float(norm), float(max_norm), a.maximize[g] != 0);
+    const double factor_twice = grad_factor(scale, norm, max_norm, a.maximize[g] != 0);
+    for (const size_t end = i + a.group_sizes[g]; i < end; ++i) {
+      const Tensor* max_denom = a.amsgrad[g] ? &a.max_denoms[next_max++] : nullptr;
+      const int64_t step = ++*static_cast<int64_t*>(a.steps[i].mutable_data_ptr());
+      const int64_t count = a.params[i].numel();
+      if (count == 0) {
         continue;
       }
-      FlatOperands& operands = flat.emplace_back(params[i]);
-      TensorStep tensor{};
-      tensor.param = operands.data(params[i], true);
-      tensor.grad = operands.data(grads[i], false);
-      tensor.exp_avg = operands.data(exp_avgs[i], true);
-      tensor.grad_mean = operands.data(grad_means[i], true);
-      tensor.grad_var = operands.data(grad_vars[i], true);
-      tensor.weight_sum = operands.data(weight_sums[i], true);
-      tensor.max_denom = amsgrad[g] ? operands.data(max_denoms[next_max++], true) : nullptr;
-      tensor.param_dtype = dtype_of(params[i]);
-      tensor.grad_dtype = dtype_of(grads[i]);
-      tensor.algorithm = laprop ? Algorithm::kLaMAdam : Algorithm::kMAdam;
-      tensor.eps_mode = adam_eps[g] ? EpsMode::kAdam : EpsMode::kPaper;
-      if (tensor.param_dtype == DType::kDouble) {
-        tensor.twice = make_coefficients(twice, t, factor_twice);
+      FlatOperands& flat = work.operands.emplace_back(a.params[i]);
+      TensorStep t{};
+      t.param = flat.data(a.params[i], true);
+      t.grad = flat.data(a.grads[i], false);
+      t.exp_avg = flat.data(a.exp_avgs[i], true);
+      t.grad_mean = flat.data(a.grad_means[i], true);
+      t.grad_var = flat.data(a.grad_vars[i], true);
+      t.weight_sum = flat.data(a.weight_sums[i], true);
+      t.max_denom = max_denom == nullptr ? nullptr : flat.data(*max_denom, true);
+      t.param_dtype = dtype_of(a.params[i]);
+      t.grad_dtype = dtype_of(a.grads[i]);
+      t.algorithm = a.laprop ? Algorithm::kLaMAdam : Algorithm::kMAdam;
+      t.eps_mode = a.adam_eps[g] ? EpsMode::kAdam : EpsMode::kPaper;
+      if (t.param_dtype == DType::kDouble) {
+        t.twice = make_coefficients(twice, step, factor_twice);
       } else {
-        tensor.single = make_coefficients(single, t, factor);
+        t.single = make_coefficients(single, step, factor);
       }
-      work.push_back(tensor);
-      ends.push_back(total += params[i].numel());
+      work.tensors.push_back(t);
+      work.ends.push_back(work.total() + count);
     }
   }
+  return work;
+}
 
-  // 4. The pass.
-  torch::stable::parallel_for(
-      0, total, kGrain, [&](int64_t begin, int64_t end) { walk(work, ends, begin, end); });
-  for (FlatOperands& operands : flat) {
+void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
+          std::vector<Tensor> grad_means, std::vector<Tensor> grad_vars, std::vector<Tensor> weight_sums,
+          std::vector<Tensor> max_denoms, std::vector<Tensor> steps, bool laprop, std::vector<int64_t> group_sizes,
+          Tensor lr, std::vector<double> beta1, std::vector<double> beta2_lower, std::vector<double> beta2_upper,
+          std::vector<double> beta2_init, std::vector<double> eps, std::vector<double> weight_decay,
+          std::vector<int64_t> decoupled_weight_decay, std::vector<int64_t> amsgrad, std::vector<int64_t> maximize,
+          std::vector<int64_t> adam_eps, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
+          std::optional<Tensor> grad_norm, double max_grad_norm) {
+  const StepArguments arguments{std::move(params),      std::move(grads),        std::move(exp_avgs),
+                                std::move(grad_means),  std::move(grad_vars),    std::move(weight_sums),
+                                std::move(max_denoms),  std::move(steps),        laprop,
+                                std::move(group_sizes), std::move(lr),           std::move(beta1),
+                                std::move(beta2_lower), std::move(beta2_upper),  std::move(beta2_init),
+                                std::move(eps),         std::move(weight_decay), std::move(decoupled_weight_decay),
+                                std::move(amsgrad),     std::move(maximize),     std::move(adam_eps),
+                                std::move(grad_scale),  std::move(found_inf),    std::move(grad_norm),
+                                max_grad_norm};
+  arguments.check();
+  if (arguments.found_inf && scalar_value(*arguments.found_inf, "found_inf") != 0) {
+    return;  // the gradients overflowed: neither parameters, nor state, nor step counts move
+  }
+  Work work = prepare(arguments);
+  torch::stable::parallel_for(0, work.total(), kGrain, [&](int64_t begin, int64_t end) { work.walk(begin, end); });
+  for (FlatOperands& operands : work.operands) {
     operands.write_back();
   }
 }
@@ -188,5 +128,5 @@ void step_cpu(
 }  // namespace maxva::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(maxva, CPU, m) {
-  m.impl("step_", TORCH_BOX(&maxva::cpu::step_cpu));
+  m.impl("step_", TORCH_BOX(&maxva::cpu::step));
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _ops, checks
-from ..groups import Group, Scaling, joined
+from ..groups import Group, Hyperparameters, Scaling, joined
 from ..info import build_record
 
 NAME = "cpu"
@@ -27,7 +27,7 @@ def why_not(device: torch.device) -> str | None:
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     try:
-        return _ops.grad_norm(grads)  # type: ignore[no-any-return]
+        return _ops.grad_norm(grads)
     except NotImplementedError:  # from the dispatcher: a sparse tensor, or one of another device
         checks.check_grads(grads)
         raise
@@ -71,7 +71,8 @@ def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
     torch.autograd.graph.increment_version(params)
 
 
-def _rates(hypers: list) -> Tensor:  # type: ignore[type-arg]
+def _rates(hypers: Sequence[Hyperparameters]) -> Tensor:
+    """The groups' learning rates as the operator takes them."""
     if any(isinstance(hyper.lr, Tensor) for hyper in hypers):
         return torch.stack([torch.as_tensor(hyper.lr, dtype=torch.float64).reshape(()) for hyper in hypers])
     return torch.tensor([hyper.lr for hyper in hypers], dtype=torch.float64)

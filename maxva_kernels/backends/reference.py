@@ -32,6 +32,7 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
 
 def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
     checks.check_groups(groups)
+    checks.check_scaling(scaling)
     if scaling.found_inf is not None and scaling.found_inf.item() != 0:
         return
     factor = _grad_factor(scaling)
@@ -62,7 +63,7 @@ def _grad_factor(scaling: Scaling) -> float | Tensor:
     """min(1, max_grad_norm / norm) / grad_scale."""
     factor: float | Tensor = 1.0
     if scaling.grad_scale is not None:
-        factor = 1 / scaling.grad_scale.double()
+        factor = 1 / scaling.grad_scale.double().reshape(())
     if scaling.grad_norm is not None and scaling.max_grad_norm is not None:
         factor = factor * (scaling.max_grad_norm / (scaling.grad_norm.double() * factor)).clamp(max=1)
     return factor

@@ -52,13 +52,11 @@ def select(name: str, device: torch.device) -> Backend:
             do.
     """
     if name == "auto":
-        reasons = []
         for backend in _MODULES.values():
-            reason = backend.why_not(device)
-            if reason is None:
+            if backend.why_not(device) is None:
                 return backend
-            reasons.append(f"{backend.NAME}: {reason}")
-        raise RuntimeError(f"no backend can run on device {device}; " + "; ".join(reasons))
+        # The reference runs on more devices than any other, so what it lacks is what is wrong.
+        raise RuntimeError(f"no backend can run on device {device}: {reference.why_not(device)}")
     reason = why_not(name, device)
     if reason is not None:
         raise RuntimeError(f"backend={name!r} cannot run on device {device}: {reason}")

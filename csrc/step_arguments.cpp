@@ -1,0 +1,65 @@
+#include "step_arguments.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+namespace maxva {
+namespace {
+
+void check_length(const char* name, size_t length, size_t expected, const char* per) {
+  STD_TORCH_CHECK(length == expected, "maxva: ", name, " has ", length, " entries for ", expected, " ", per,
+                  "; pass one for each");
+}
+
+}  // namespace
+
+void StepArguments::check() const {
+  const size_t count = params.size(), groups = group_sizes.size();
+  const NamedList moments[] = {
+      {"exp_avgs", &exp_avgs}, {"grad_means", &grad_means}, {"grad_vars", &grad_vars}, {"weight_sums", &weight_sums}};
+
+  // 1. Lengths.
+  for (const NamedList& list : {NamedList{"grads", &grads}, NamedList{"steps", &steps}}) {
+    check_length(list.name, list.tensors->size(), count, "params");
+  }
+  for (const NamedList& list : moments) {
+    check_length(list.name, list.tensors->size(), count, "params");
+  }
+  for (const auto* values : {&beta1, &beta2_lower, &beta2_upper, &beta2_init, &eps, &weight_decay}) {
+    check_length("a hyperparameter", values->size(), groups, "groups");
+  }
+  for (const auto* values : {&decoupled_weight_decay, &amsgrad, &maximize, &adam_eps}) {
+    check_length("a mode", values->size(), groups, "groups");
+  }
+  STD_TORCH_CHECK(lr.is_cpu() && lr.scalar_type() == ScalarType::Double && lr.is_contiguous() &&
+                      lr.numel() == static_cast<int64_t>(groups),
+                  "maxva: lr must be a contiguous float64 CPU tensor with one entry for each of the ", groups,
+                  " groups");
+  size_t in_groups = 0, with_max = 0;
+  for (size_t g = 0; g < groups; ++g) {
+    in_groups += group_sizes[g];
+    with_max += amsgrad[g] ? group_sizes[g] : 0;
+  }
+  check_length("params", count, in_groups, "tensors counted by group_sizes");
+  check_length("max_denoms", max_denoms.size(), with_max, "params of groups with AMSGrad");
+
+  // 2. Tensors.
+  size_t next_max = 0;
+  for (size_t g = 0, i = 0; g < groups; ++g) {
+    for (const size_t end = i + group_sizes[g]; i < end; ++i) {
+      const Tensor& param = params[i];
+      check_param(param, params[0], i);
+      check_like(grads[i], {"grads", &grads}, i, param, nullptr, false);
+      const ScalarType required = state_dtype(param.scalar_type());
+      for (const NamedList& list : moments) {
+        check_like((*list.tensors)[i], list, i, param, &required, true);
+      }
+      if (amsgrad[g]) {
+        check_like(max_denoms[next_max], {"max_denoms", &max_denoms}, next_max, param, &required, true);
+        ++next_max;
+      }
+      check_scalar(steps[i], {"steps", &steps}, i, param, ScalarType::Long);
+    }
+  }
+}
+
+}  // namespace maxva
