@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import distributed
 from .backends.registry import select
 from .groups import Group, Hyperparameters, Scaling, TensorLists
 
@@ -113,6 +114,12 @@ def step_groups(
     check_max_grad_norm(max_grad_norm)
     if not groups:
         return
+    if distributed.is_sharded(groups):
+        if max_grad_norm is not None:
+            raise NotImplementedError(
+                "max_grad_norm with DTensor parameters is not implemented yet; use torch.nn.utils.clip_grad_norm_"
+            )
+        groups = distributed.local(groups)
     by_device: dict[torch.device, list[Group]] = {}
     for group in groups:
         by_device.setdefault(group.tensors.params[0].device, []).append(group)

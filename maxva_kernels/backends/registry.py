@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -42,22 +41,27 @@ def why_not(name: str, device: torch.device) -> str | None:
     return _MODULES[name].why_not(device)
 
 
-@functools.lru_cache(maxsize=64)
+_selected: dict[tuple[str, torch.device], Backend] = {}  # not functools.cache: torch.compile warns about that
+
+
 def select(name: str, device: torch.device) -> Backend:
     """The backend ``name``, or for "auto" the fastest that can run on ``device``.
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: the named backend, or for "auto" any, cannot run on ``device``; the message says why and what to
-            do.
+        RuntimeError: the backend cannot run on ``device``; the message says why and what to do.
     """
-    if name == "auto":
-        for backend in _MODULES.values():
-            if backend.why_not(device) is None:
-                return backend
-        # The reference runs on more devices than any other, so what it lacks is what is wrong.
-        raise RuntimeError(f"no backend can run on device {device}: {reference.why_not(device)}")
-    reason = why_not(name, device)
-    if reason is not None:
-        raise RuntimeError(f"backend={name!r} cannot run on device {device}: {reason}")
-    return _MODULES[name]
+    backend = _selected.get((name, device))
+    if backend is None:
+        backend = _selected[name, device] = _select(name, device)
+    return backend
+
+
+def _select(name: str, device: torch.device) -> Backend:
+    names = BACKENDS if name == "auto" else (name,)
+    reasons = {candidate: why_not(candidate, device) for candidate in names}
+    for candidate, reason in reasons.items():
+        if reason is None:
+            return _MODULES[candidate]
+    why = "; ".join(reason if name != "auto" else f"{candidate}: {reason}" for candidate, reason in reasons.items())
+    raise RuntimeError(f"backend={name!r} cannot run on device {device}: {why}")
