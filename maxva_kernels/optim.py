@@ -90,14 +90,15 @@ class _MaxVA(Optimizer):
                     checks.check_param(param, index)
                     select(self.backend, param.device)
             except RuntimeError as error:
-                listed = [(len(self.param_groups) - 1, i, group.get("param_names")) for i in range(len(group["params"]))]
-                raise RuntimeError(_name_parameter(str(error), listed)) from error
+                g, names = len(self.param_groups) - 1, group.get("param_names")
+                listed = [(g, i, names) for i in range(len(group["params"]))]
+                raise RuntimeError(_name_parameter(str(error), lambda _: listed)) from error
         except BaseException:
             self.param_groups.pop()
             raise
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; parameters without a gradient are left alone.
 
         Args:
@@ -129,15 +130,8 @@ class _MaxVA(Optimizer):
                     del self.state[param]
                 else:
                     del self.state[param][name]
-            if isinstance(error, RuntimeError):
-                # The index in a message misleads: the lists skip parameters without gradient.
-                listed = [
-                    (g, i, settings.get("param_names"))
-                    for g, settings in enumerate(self.param_groups)
-                    for i, param in enumerate(settings["params"])
-                    if param.grad is not None
-                ]
-                raise RuntimeError(_name_parameter(str(error), listed)) from error
+            if type(error) is RuntimeError:  # not its subclasses, as NotImplementedError
+                raise RuntimeError(_name_parameter(str(error), self._listed)) from error
             raise
         return loss
 
@@ -176,6 +170,15 @@ class _MaxVA(Optimizer):
                 if hyper.amsgrad:
                     lists.max_denoms.append(state["max_denom"])
         return groups
+
+    def _listed(self, name: str) -> list[tuple[int, int, list[str] | None]]:
+        """Whose tensors the list ``name`` of a step has: it skips parameters without gradient, or without maxima."""
+        return [
+            (g, i, settings.get("param_names"))
+            for g, settings in enumerate(self.param_groups)
+            for i, param in enumerate(settings["params"])
+            if param.grad is not None and (name != "max_denoms" or settings["amsgrad"])
+        ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of what `state_dict` returned; the state keeps its dtype, whatever the parameter's.
@@ -287,14 +290,15 @@ def _zeros_like(param: Tensor) -> Tensor:
     return torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
 
 
-def _name_parameter(message: str, listed: list[tuple[int, int, list[str] | None]]) -> str:
+def _name_parameter(message: str, listed: Callable[[str], list[tuple[int, int, list[str] | None]]]) -> str:
     """Adds to a message about "params[3]" which of the optimizer's parameters that is.
 
-    ``listed`` has for each parameter the indices of its group and within it, and the group's parameter names.
+    ``listed`` says for a list's name, of each entry, the indices of the group and within it, and the group's names.
     """
     match = re.search(r"\b(params|grads|exp_avgs|grad_means|grad_vars|weight_sums|max_denoms|steps)\[(\d+)\]", message)
-    if match is None or int(match[2]) >= len(listed):
+    entries = listed(match[1]) if match else []
+    if match is None or int(match[2]) >= len(entries):
         return message
-    g, i, names = listed[int(match[2])]
+    g, i, names = entries[int(match[2])]
     called = f", {names[i]!r}" if names else ""
     return f"{message} ({match[0]} belongs to param_groups[{g}]['params'][{i}]{called})"

@@ -58,10 +58,12 @@ def select(name: str, device: torch.device) -> Backend:
 
 
 def _select(name: str, device: torch.device) -> Backend:
-    names = BACKENDS if name == "auto" else (name,)
-    reasons = {candidate: why_not(candidate, device) for candidate in names}
-    for candidate, reason in reasons.items():
+    reasons = []
+    for candidate in BACKENDS if name == "auto" else (name,):
+        reason = why_not(candidate, device)
         if reason is None:
             return _MODULES[candidate]
-    why = "; ".join(reason if name != "auto" else f"{candidate}: {reason}" for candidate, reason in reasons.items())
-    raise RuntimeError(f"backend={name!r} cannot run on device {device}: {why}")
+        reasons.append(f"{candidate}: {reason}")
+    if name == "auto":
+        raise RuntimeError(f"no backend can run on device {device}: {'; '.join(reasons)}")
+    raise RuntimeError(f"backend={name!r} cannot run on device {device}: {reasons[0].removeprefix(f'{name}: ')}")
