@@ -1,12 +1,10 @@
 #include "operands.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <cstring>
-#include <numeric>
-#include <sstream>
+
+#include "check.h"
 
 namespace maxva {
 namespace {
@@ -15,13 +13,11 @@ using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::Layout;
 
 std::string list_of(IntHeaderOnlyArrayRef values) {
-  std::ostringstream out;
-  out << '[';
+  std::string out = "[";
   for (size_t i = 0; i < values.size(); ++i) {
-    out << (i == 0 ? "" : ", ") << values[i];
+    out += joined(i == 0 ? "" : ", ", values[i]);
   }
-  out << ']';
-  return out.str();
+  return out + "]";
 }
 
 std::string dtype_name(ScalarType dtype) {
@@ -34,6 +30,12 @@ std::string dtype_name(ScalarType dtype) {
       return "torch.float16";
     case ScalarType::BFloat16:
       return "torch.bfloat16";
+    case ScalarType::ComplexFloat:
+      return "torch.complex64";
+    case ScalarType::ComplexDouble:
+      return "torch.complex128";
+    case ScalarType::Int:
+      return "torch.int32";
     case ScalarType::Long:
       return "torch.int64";
     default:
@@ -85,6 +87,16 @@ std::vector<size_t> memory_order(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArray
   }
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return strides[a] < strides[b]; });
   return order;
+}
+
+std::string describe(const Named& named) {
+  const Tensor& tensor = named.tensor;
+  const std::string strides = is_strided(tensor) ? joined(", strides ", list_of(tensor.strides())) : "";
+  const std::string device = tensor.is_cpu()    ? "cpu"
+                             : tensor.is_cuda() ? joined("cuda:", tensor.get_device_index())
+                                                : "another device";
+  return joined(named.list, "[", named.index, "] (shape ", list_of(tensor.sizes()), ", ",
+                dtype_name(tensor.scalar_type()), strides, ", ", device, ")");
 }
 
 // No gaps and no overlaps: the elements are exactly `numel` places in memory.
@@ -142,60 +154,45 @@ Tensor empty_strided_like(const Tensor& tensor, const int64_t* strides) {
 
 }  // namespace
 
-std::string describe(const Tensor& tensor, const char* list, size_t index) {
-  std::ostringstream out;
-  out << list << '[' << index << "] (shape " << list_of(tensor.sizes()) << ", " << dtype_name(tensor.scalar_type());
-  if (is_strided(tensor)) {
-    out << ", strides " << list_of(tensor.strides());
-  }
-  if (tensor.is_cpu()) {
-    out << ", cpu)";
-  } else {
-    out << ", " << (tensor.is_cuda() ? "cuda:" : "device ") << tensor.get_device_index() << ')';
-  }
-  return out.str();
+void check_param(const Named& param, const Named& first) {
+  MAXVA_CHECK(is_strided(param.tensor), describe(param), " is sparse, which is not supported; use a dense parameter");
+  MAXVA_CHECK(is_supported(param.tensor.scalar_type()), describe(param),
+              " must be float32, bfloat16, float16 or float64; ",
+              "for a complex parameter optimise torch.view_as_real(parameter)");
+  MAXVA_CHECK(same_device(param.tensor, first.tensor), describe(param), " is on another device than ", describe(first),
+              "; pass the parameters of each device in a call of their own");
+  MAXVA_CHECK(!may_overlap(param.tensor), describe(param),
+              " has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()");
 }
 
-void check_param(const Tensor& param, const Tensor& device_of, size_t index) {
-  STD_TORCH_CHECK(is_strided(param), "maxva: params[", index,
-                  "] is sparse, which is not supported; use a dense parameter");
-  const auto named = [&] { return describe(param, "params", index); };
-  STD_TORCH_CHECK(is_supported(param.scalar_type()), "maxva: ", named(),
-                  " must be float32, bfloat16, float16 or float64; ",
-                  "for a complex parameter optimise torch.view_as_real(parameter)");
-  STD_TORCH_CHECK(same_device(param, device_of), "maxva: ", named(), " is on another device than ",
-                  describe(device_of, "params", 0), "; pass the parameters of each device in a call of their own");
-  STD_TORCH_CHECK(!may_overlap(param), "maxva: ", named(),
-                  " has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()");
+void check_grad(const Named& grad) {
+  MAXVA_CHECK(is_strided(grad.tensor), describe(grad), " is sparse, which is not supported; ",
+              "use .to_dense(), or sparse=False where the layer that makes it has that option");
+  MAXVA_CHECK(is_supported(grad.tensor.scalar_type()), describe(grad),
+              " must be float32, bfloat16, float16 or float64");
 }
 
-void check_like(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param,
-                const ScalarType* required, bool written) {
-  STD_TORCH_CHECK(is_strided(tensor), "maxva: ", list.name, "[", index, "] is sparse, which is not supported; ",
-                  "use .to_dense(), or sparse=False where the layer that makes it has that option");
-  const auto named = [&] { return describe(tensor, list.name, index); };
-  const auto its_param = [&] { return describe(param, "params", index); };
-  const ScalarType dtype = tensor.scalar_type();
-  if (required != nullptr) {
-    STD_TORCH_CHECK(dtype == *required, "maxva: ", named(), " must be ", dtype_name(*required), " as the state of ",
-                    its_param(), "; was a checkpoint loaded in another dtype?");
-  } else {
-    STD_TORCH_CHECK(is_supported(dtype), "maxva: ", named(), " must be float32, bfloat16, float16 or float64 beside ",
-                    its_param());
-  }
-  STD_TORCH_CHECK(same_ints(tensor.sizes(), param.sizes()), "maxva: ", named(), " must have the shape of ",
-                  its_param());
-  STD_TORCH_CHECK(same_device(tensor, param), "maxva: ", named(), " must be on the device of ", its_param(),
-                  "; move it there");
-  STD_TORCH_CHECK(!written || !may_overlap(tensor), "maxva: ", named(),
-                  " has elements that share memory (an expanded tensor?); use .clone()");
+void check_moment(const Named& moment, const Named& param) {
+  MAXVA_CHECK(is_strided(moment.tensor), describe(moment), " is sparse, which is not supported; use .to_dense()");
+  const ScalarType required = state_dtype(param.tensor.scalar_type());
+  MAXVA_CHECK(moment.tensor.scalar_type() == required, describe(moment), " must be ", dtype_name(required),
+              " as the state of ", describe(param), "; was a checkpoint loaded in another dtype?");
+  MAXVA_CHECK(!may_overlap(moment.tensor), describe(moment),
+              " has elements that share memory (an expanded tensor?); use .clone()");
 }
 
-void check_scalar(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param, ScalarType required) {
-  STD_TORCH_CHECK(
-      is_strided(tensor) && tensor.scalar_type() == required && tensor.numel() == 1 && same_device(tensor, param),
-      "maxva: ", describe(tensor, list.name, index), " must be one ", dtype_name(required), " on the device of ",
-      describe(param, "params", index));
+void check_like(const Named& tensor, const Named& param) {
+  MAXVA_CHECK(same_ints(tensor.tensor.sizes(), param.tensor.sizes()), describe(tensor), " must have the shape of ",
+              describe(param));
+  MAXVA_CHECK(same_device(tensor.tensor, param.tensor), describe(tensor), " must be on the device of ", describe(param),
+              "; move it there");
+}
+
+void check_scalar(const Named& scalar, ScalarType dtype, const Named& param) {
+  const Tensor& tensor = scalar.tensor;
+  MAXVA_CHECK(
+      is_strided(tensor) && tensor.scalar_type() == dtype && tensor.numel() == 1 && same_device(tensor, param.tensor),
+      describe(scalar), " must be one ", dtype_name(dtype), " on the device of ", describe(param));
 }
 
 FlatOperands::FlatOperands(const Tensor& param) : param_(param) {

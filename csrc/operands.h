@@ -14,24 +14,24 @@ namespace maxva {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// "grads[3] (shape [2, 3], torch.float32, strides [3, 1], cpu)"
-std::string describe(const Tensor& tensor, const char* list, size_t index);
-
-// A list of the schema with its name, for messages.
-struct NamedList {
-  const char* name;
-  const std::vector<Tensor>* tensors;
+// A tensor and its place in the schema, for messages: "grads[3] (shape [2, 3], torch.float32, strides [3, 1], cpu)".
+struct Named {
+  const Tensor& tensor;
+  const char* list;
+  size_t index;
 };
 
-// Raises unless `param` is a dense-layout floating-point tensor without overlapping memory on `device_of`'s device.
-void check_param(const Tensor& param, const Tensor& device_of, size_t index);
-
-// Raises unless `tensor` has the parameter's shape and device and a floating-point dtype; `required`: exactly that one.
-void check_like(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param,
-                const ScalarType* required, bool written);
-
-// Raises unless `tensor` is one element of that dtype on the parameter's device.
-void check_scalar(const Tensor& tensor, const NamedList& list, size_t index, const Tensor& param, ScalarType required);
+// Each raises, naming the tensor, unless it fits.
+// A strided floating-point tensor without overlapping memory on the device of the first parameter.
+void check_param(const Named& param, const Named& first);
+// A strided floating-point tensor.
+void check_grad(const Named& grad);
+// A strided tensor of the state's dtype without overlapping memory.
+void check_moment(const Named& moment, const Named& param);
+// Of the parameter's shape and on its device.
+void check_like(const Named& tensor, const Named& param);
+// One element of that dtype on the parameter's device.
+void check_scalar(const Named& scalar, ScalarType dtype, const Named& param);
 
 // The dtype of a parameter's state and of its arithmetic.
 inline ScalarType state_dtype(ScalarType param) {

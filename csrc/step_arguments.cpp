@@ -1,28 +1,28 @@
 #include "step_arguments.h"
 
-#include <torch/headeronly/util/Exception.h>
+#include <utility>
+
+#include "check.h"
 
 namespace maxva {
 namespace {
 
 void check_length(const char* name, size_t length, size_t expected, const char* per) {
-  STD_TORCH_CHECK(length == expected, "maxva: ", name, " has ", length, " entries for ", expected, " ", per,
-                  "; pass one for each");
+  MAXVA_CHECK(length == expected, name, " has ", length, " entries for ", expected, " ", per, "; pass one for each");
 }
 
 }  // namespace
 
 void StepArguments::check() const {
   const size_t count = params.size(), groups = group_sizes.size();
-  const NamedList moments[] = {
+  const std::pair<const char*, const std::vector<Tensor>*> moments[] = {
       {"exp_avgs", &exp_avgs}, {"grad_means", &grad_means}, {"grad_vars", &grad_vars}, {"weight_sums", &weight_sums}};
 
   // 1. Lengths.
-  for (const NamedList& list : {NamedList{"grads", &grads}, NamedList{"steps", &steps}}) {
-    check_length(list.name, list.tensors->size(), count, "params");
-  }
-  for (const NamedList& list : moments) {
-    check_length(list.name, list.tensors->size(), count, "params");
+  check_length("grads", grads.size(), count, "params");
+  check_length("steps", steps.size(), count, "params");
+  for (const auto& [list, tensors] : moments) {
+    check_length(list, tensors->size(), count, "params");
   }
   for (const auto* values : {&beta1, &beta2_lower, &beta2_upper, &beta2_init, &eps, &weight_decay}) {
     check_length("a hyperparameter", values->size(), groups, "groups");
@@ -30,10 +30,9 @@ void StepArguments::check() const {
   for (const auto* values : {&decoupled_weight_decay, &amsgrad, &maximize, &adam_eps}) {
     check_length("a mode", values->size(), groups, "groups");
   }
-  STD_TORCH_CHECK(lr.is_cpu() && lr.scalar_type() == ScalarType::Double && lr.is_contiguous() &&
-                      lr.numel() == static_cast<int64_t>(groups),
-                  "maxva: lr must be a contiguous float64 CPU tensor with one entry for each of the ", groups,
-                  " groups");
+  MAXVA_CHECK(lr.is_cpu() && lr.scalar_type() == ScalarType::Double && lr.is_contiguous() &&
+                  lr.numel() == static_cast<int64_t>(groups),
+              "lr must be a contiguous float64 CPU tensor with one entry for each of the ", groups, " groups");
   size_t in_groups = 0, with_max = 0;
   for (size_t g = 0; g < groups; ++g) {
     in_groups += group_sizes[g];
@@ -46,18 +45,22 @@ void StepArguments::check() const {
   size_t next_max = 0;
   for (size_t g = 0, i = 0; g < groups; ++g) {
     for (const size_t end = i + group_sizes[g]; i < end; ++i) {
-      const Tensor& param = params[i];
-      check_param(param, params[0], i);
-      check_like(grads[i], {"grads", &grads}, i, param, nullptr, false);
-      const ScalarType required = state_dtype(param.scalar_type());
-      for (const NamedList& list : moments) {
-        check_like((*list.tensors)[i], list, i, param, &required, true);
+      const Named param{params[i], "params", i}, grad{grads[i], "grads", i};
+      check_param(param, {params[0], "params", 0});
+      check_grad(grad);
+      check_like(grad, param);
+      const auto check_state = [&](const char* list, const std::vector<Tensor>& tensors, size_t at) {
+        const Named moment{tensors[at], list, at};
+        check_moment(moment, param);
+        check_like(moment, param);
+      };
+      for (const auto& [list, tensors] : moments) {
+        check_state(list, *tensors, i);
       }
       if (amsgrad[g]) {
-        check_like(max_denoms[next_max], {"max_denoms", &max_denoms}, next_max, param, &required, true);
-        ++next_max;
+        check_state("max_denoms", max_denoms, next_max++);
       }
-      check_scalar(steps[i], {"steps", &steps}, i, param, ScalarType::Long);
+      check_scalar({steps[i], "steps", i}, ScalarType::Long, param);
     }
   }
 }

@@ -79,6 +79,9 @@ class _MaxVA(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            for option in ("max_grad_norm", "capturable", "backend"):
+                if option in group:
+                    raise ValueError(f"{option} is the whole optimizer's and cannot be set in a parameter group")
             _hyperparameters(group)
             if isinstance(group["lr"], Tensor):  # read now, and not in each step: a GPU would be waited for
                 _hyperparameters({**group, "lr": group["lr"].item()})

@@ -2,11 +2,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <string>
 
+#include "check.h"
 #include "cpu/kernels.h"
 #include "cpu/tensors.h"
 #include "operands.h"
@@ -58,13 +58,13 @@ T global_norm(const std::vector<Chunk>& chunks, int64_t total,
 }
 
 Tensor grad_norm_cpu(std::vector<Tensor> grads) {
-  STD_TORCH_CHECK(!grads.empty(), "maxva: grads is empty; pass at least one tensor");
+  MAXVA_CHECK(!grads.empty(), "grads is empty; pass at least one tensor");
   std::vector<Tensor> flat;
   std::vector<Chunk> chunks;
   bool any_double = false;
   int64_t total = 0;
   for (size_t i = 0; i < grads.size(); ++i) {
-    check_like(grads[i], {"grads", &grads}, i, grads[i], nullptr, false);
+    check_grad({grads[i], "grads", i});
     any_double = any_double || grads[i].scalar_type() == ScalarType::Double;
   }
   for (const Tensor& grad : grads) {

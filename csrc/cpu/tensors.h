@@ -2,8 +2,8 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include "check.h"
 #include "cpu/float16.h"
 #include "cpu/kernels.h"
 
@@ -28,8 +28,8 @@ inline DType dtype_of(const torch::stable::Tensor& tensor) {
 inline double scalar_value(const torch::stable::Tensor& tensor, const char* name) {
   using torch::headeronly::ScalarType;
   const ScalarType dtype = tensor.scalar_type();
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
-                  "maxva: ", name, " must be one float32 or float64 on the CPU");
+  MAXVA_CHECK(tensor.is_cpu() && tensor.numel() == 1 && (dtype == ScalarType::Float || dtype == ScalarType::Double),
+              name, " must be one float32 or float64 on the CPU");
   const void* data = tensor.const_data_ptr();
   return dtype == ScalarType::Float ? *static_cast<const float*>(data) : *static_cast<const double*>(data);
 }
