@@ -37,6 +37,10 @@ enum class Algorithm : int { kMAdam, kLaMAdam };
 // Where eps stands: beside sqrt(v~), as in line 12 of Algorithm 1, or beside the bias-corrected sqrt(v), as in Adam.
 enum class EpsMode : int { kPaper, kAdam };
 
+// kDecoupled shrinks the parameter (AdamW), kL2 adds to the gradient. kNone is apart so that an infinite parameter
+// stays what it is: 0 * inf would make it NaN.
+enum class WeightDecay : int { kNone, kDecoupled, kL2 };
+
 // What a parameter group fixes, in the arithmetic's type T (float; double for float64 parameters).
 template <typename T>
 struct Hyperparameters {
@@ -50,7 +54,7 @@ struct Hyperparameters {
   T beta_lower, one_minus_beta_lower;
   T first_weight;  // 1 - beta2_init: the weight of the first gradient (Eq. 7)
   T saturation;    // w is set to 1 once 1 - w is at most this
-  bool decoupled_weight_decay;
+  WeightDecay decay_mode;
 };
 
 // What one tensor's step needs.
@@ -63,8 +67,7 @@ struct Coefficients {
   T first_weight, saturation;
   T eps;
   T step_size;  // lr / (1 - alpha^t)
-  T decay;      // lr * weight_decay, or 0 where it is not decoupled
-  T l2;         // weight_decay added to the gradient, or 0 where it is decoupled
+  T decay;      // lr * weight_decay, or with kL2 weight_decay
 };
 
 // The bounds of beta enter as 1 - beta, rounded once from double; beta is the exact complement of that, so that their
@@ -90,7 +93,9 @@ inline Hyperparameters<T> make_hyperparameters(double lr, double alpha, double b
   h.beta_lower = T(1) - h.one_minus_beta_lower;
   h.first_weight = T(1 - beta_init);
   h.saturation = T(stall < most ? stall : most);
-  h.decoupled_weight_decay = decoupled_weight_decay;
+  h.decay_mode = weight_decay == 0        ? WeightDecay::kNone
+                 : decoupled_weight_decay ? WeightDecay::kDecoupled
+                                          : WeightDecay::kL2;
   return h;
 }
 
@@ -148,8 +153,7 @@ MAXVA_FN Coefficients<T> make_coefficients(const Hyperparameters<T>& h, int64_t 
   c.saturation = h.saturation;
   c.eps = h.eps;
   c.step_size = h.lr / bias_correction<T>(h.alpha_bits, step);
-  c.decay = h.decoupled_weight_decay ? h.lr * h.weight_decay : T(0);
-  c.l2 = h.decoupled_weight_decay ? T(0) : h.weight_decay;
+  c.decay = h.decay_mode == WeightDecay::kL2 ? h.weight_decay : h.lr * h.weight_decay;
   return c;
 }
 
@@ -177,16 +181,19 @@ MAXVA_FN void update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c) {
   const T p = T(1) - q;
   const T e = q * d;
   u = flush_subnormal(u + e);
-  s = flush_subnormal(p * s + (p * e) * d);  // in this order q = 0 or p = 0 wins over a square that overflows
+  const T variance = p * s + (p * e) * d;  // in this order q = 0 or p = 0 wins over a square that overflows
+  s = variance < std::numeric_limits<T>::min() ? T(0) : variance;  // flush_subnormal of what is not negative
   w = T(1) - w <= c.saturation ? T(1) : w;
 }
 
 // One step of one coordinate: parameter p, gradient g as stored, momentum m, moments u, s, w, and with AMSGrad the
 // running maximum x of the bias-corrected sqrt(v).
-template <Algorithm kAlgorithm, EpsMode kEps, bool kAmsgrad, typename T>
+template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad, typename T>
 MAXVA_FN void update(T& p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients<T>& c) {
   g = g * c.grad_factor;
-  g = c.l2 == T(0) ? g : g + c.l2 * p;
+  if constexpr (kDecay == WeightDecay::kL2) {
+    g = g + c.decay * p;
+  }
   update_moments(g, u, s, w, c);
 
   T root_v = std::sqrt(s + u * u);
@@ -211,8 +218,11 @@ MAXVA_FN void update(T& p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients
     m = flush_subnormal(c.alpha * m + c.one_minus_alpha * normalise(g));
     direction = m;
   }
-  const T decayed = c.decay == T(0) ? T(0) : c.decay * p;
-  p = p - (decayed + c.step_size * direction);
+  T change = c.step_size * direction;
+  if constexpr (kDecay == WeightDecay::kDecoupled) {
+    change = c.decay * p + change;
+  }
+  p = p - change;
 }
 
 }  // namespace maxva

@@ -28,6 +28,7 @@ struct TensorStep {
   DType grad_dtype;
   Algorithm algorithm;
   EpsMode eps_mode;
+  WeightDecay decay_mode;
   Coefficients<float> single;  // the one that belongs to the arithmetic is set
   Coefficients<double> twice;
 };

@@ -84,6 +84,7 @@ Work prepare(const StepArguments& a) {
       t.grad_dtype = dtype_of(a.grads[i]);
       t.algorithm = a.laprop ? Algorithm::kLaMAdam : Algorithm::kMAdam;
       t.eps_mode = a.adam_eps[g] ? EpsMode::kAdam : EpsMode::kPaper;
+      t.decay_mode = single.decay_mode;
       if (t.param_dtype == DType::kDouble) {
         t.twice = make_coefficients(twice, step, factor_twice);
       } else {

@@ -1,0 +1,76 @@
+"""The optimizers a run can choose, with the weight decay where BERT has it, and LAMB for comparison."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+NAMES = ("madam", "lamadam", "adamw", "lamb", "reference")
+
+
+def build(name: str, model: nn.Module, *, lr: float, weight_decay: float, beta2_range, max_grad_norm: float | None):
+    """`max_grad_norm` is for the optimizers that clip inside their step (see `clips`)."""
+    groups = parameter_groups(model, weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2_range[1]), fused=True)
+    if name == "lamb":
+        return Lamb(groups, lr=lr, betas=(0.9, beta2_range[1]))
+    from maxva_kernels import LaMAdam, MAdam
+
+    algorithm = LaMAdam if name == "lamadam" else MAdam
+    backend = "reference" if name == "reference" else "auto"
+    return algorithm(groups, lr=lr, beta2_range=beta2_range, max_grad_norm=max_grad_norm, backend=backend)
+
+
+def clips(name: str) -> bool:
+    """Whether the optimizer clips by the global norm inside its step."""
+    return name in ("madam", "lamadam", "reference")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Weight decay for matrices; none for biases and LayerNorm, as in BERT."""
+    decayed, rest = [], []
+    for name, parameter in model.named_parameters():
+        (rest if name.endswith("bias") or "LayerNorm" in name else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB (You et al., "Large Batch Optimization for Deep Learning", arXiv 1904.00962, Algorithm 2), plainly.
+
+        m <- b1 m + (1-b1) g,  v <- b2 v + (1-b2) g^2,  r = m^ / (sqrt(v^) + eps)
+        x <- x - lr phi(|x|) / |r + decay x| (r + decay x)
+
+    with the bias-corrected m^, v^, one trust ratio a tensor and phi the identity. A ratio of 1 is taken where either
+    norm is 0, and for tensors without weight decay, which is what the BERT recipes do for biases and LayerNorm.
+    """
+
+    def __init__(self, params: Iterable, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (beta1, beta2), decay = group["betas"], group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["step"] += 1
+                step, m, v = state["step"].item(), state["exp_avg"], state["exp_avg_sq"]
+                m.lerp_(p.grad, 1 - beta1)
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                update = (m / (1 - beta1**step)).div_((v / (1 - beta2**step)).sqrt_().add_(group["eps"]))
+                ratio: float | torch.Tensor = 1.0
+                if decay:
+                    update.add_(p, alpha=decay)
+                    size, length = p.norm(), update.norm()
+                    ratio = torch.where((size > 0) & (length > 0), size / length, 1.0)
+                p.sub_(update.mul_(ratio), alpha=group["lr"])
+        return loss
