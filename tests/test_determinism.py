@@ -64,8 +64,10 @@ def test_instruction_sets(tmp_path):
     for named in ("AVX2", "DEFAULT"):
         file = tmp_path / named
         script = f"import torch, test_determinism as t; torch.save(t.every_bit(), {str(file)!r})"
-        environment = {**os.environ, "MAXVA_CPU_CAPABILITY": named, "PYTHONPATH": os.path.dirname(__file__)}
-        subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+        path = os.pathsep.join([os.path.dirname(__file__), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "MAXVA_CPU_CAPABILITY": named, "PYTHONPATH": path}
+        # From another folder: `python -c` would import the package's unbuilt sources from this one.
+        subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=tmp_path)
         used, results = torch.load(file)
         seen.add(used)
         assert used == named
