@@ -8,10 +8,11 @@
 // near the constant that guards the denominator. We keep the bias-corrected mean u, the central second moment
 // s = sigma^2 and w. With d = g - u, r = d^2 and q = (1 - beta) / w_new, the weight of g in the corrected averages, the
 // paper's three recurrences become
-//     u <- u + q d      s <- (1-q) (s + q r)      w <- w / ((1-q) + q w)      v = s + u^2
-// and Eq. 6 becomes q = (1 - s/r) / 2 for every w (the maximum of (1-q)(s + q r)), clipped to
-//     q_min = (1-b) / ((1-b) + b w) with b the upper bound of beta, and q_max likewise with the lower bound.
-// Nothing nearly equal is subtracted, no constant sets a scale, and s cannot become negative.
+//     w <- w + (1-beta) (1-w)      u <- u + q d      s <- (1-q) (s + q r)      v = s + u^2
+// s is largest at q = h = (1 - s/r) / 2, for every w, which is Eq. 6; as a coefficient that is
+//     1 - beta = h w / ((1-h) + h w) = (r - s) w / (r + s + (r - s) w),
+// one division, then clipped to the bounds of 1 - beta, and q takes one more. Nothing nearly equal is subtracted that
+// was rounded before, no constant sets a scale, and s cannot become negative.
 //
 // Note [Same bits everywhere]
 // Only IEEE multiply, add, divide, square root, comparisons and integer operations occur, and every build forbids
@@ -62,16 +63,14 @@ template <typename T>
 struct Coefficients {
   T grad_factor;  // unscale, clip and maximize in one: +-clip / grad_scale
   T alpha, one_minus_alpha;
-  T beta_upper, one_minus_beta_upper;
-  T beta_lower, one_minus_beta_lower;
+  T one_minus_beta_upper, one_minus_beta_lower;
   T first_weight, saturation;
   T eps;
   T step_size;  // lr / (1 - alpha^t)
   T decay;      // lr * weight_decay, or with kL2 weight_decay
 };
 
-// The bounds of beta enter as 1 - beta, rounded once from double; beta is the exact complement of that, so that their
-// sum is exactly 1 and a saturated w stays 1.
+// beta and alpha enter as differences from 1 where those matter, rounded once from double.
 template <typename T>
 inline Hyperparameters<T> make_hyperparameters(double lr, double alpha, double beta_lower, double beta_upper,
                                                double beta_init, double eps, double weight_decay,
@@ -88,9 +87,7 @@ inline Hyperparameters<T> make_hyperparameters(double lr, double alpha, double b
   h.one_minus_alpha = T(1 - alpha);
   h.alpha_bits = static_cast<uint64_t>(std::ldexp(alpha, 64));
   h.one_minus_beta_upper = T(1 - beta_upper);
-  h.beta_upper = T(1) - h.one_minus_beta_upper;
   h.one_minus_beta_lower = T(1 - beta_lower);
-  h.beta_lower = T(1) - h.one_minus_beta_lower;
   h.first_weight = T(1 - beta_init);
   h.saturation = T(stall < most ? stall : most);
   h.decay_mode = weight_decay == 0        ? WeightDecay::kNone
@@ -145,9 +142,7 @@ MAXVA_FN Coefficients<T> make_coefficients(const Hyperparameters<T>& h, int64_t 
   c.grad_factor = grad_factor;
   c.alpha = h.alpha;
   c.one_minus_alpha = h.one_minus_alpha;
-  c.beta_upper = h.beta_upper;
   c.one_minus_beta_upper = h.one_minus_beta_upper;
-  c.beta_lower = h.beta_lower;
   c.one_minus_beta_lower = h.one_minus_beta_lower;
   c.first_weight = h.first_weight;
   c.saturation = h.saturation;
@@ -170,7 +165,7 @@ template <typename T>
 MAXVA_FN void update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c) {
   const T d = g - u;
   const T r = d * d;
-  // 1 - beta. The maximiser is h w / ((1-h) + h w) with h = (1 - s/r) / 2. A NaN (r = s = 0) takes the first bound.
+  // b = 1 - beta. A NaN (r = s = 0) takes the bound that is compared first.
   const T rise = (r - s) * w;
   T b = rise / ((r + s) + rise);
   b = b > c.one_minus_beta_upper ? b : c.one_minus_beta_upper;
