@@ -50,6 +50,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SIZES = (0, 1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 63, 65, 511, 512, 513, 1023, 1025, 4097)
 
 
+needs_cpu_kernels = pytest.mark.skipif(
+    why_not("cpu", torch.device("cpu")) is not None, reason="the CPU kernels are not built"
+)
+
+
 def device_of(backend: str) -> torch.device:
     """Where a backend is tested: its own kind of device."""
     return torch.device("cuda" if backend in ("cuda", "triton") else "cpu")

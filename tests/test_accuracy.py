@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from cases import backend_params, device_of
+from cases import backend_params, device_of, needs_cpu_kernels
 
 from maxva_kernels import MAdam, reference
 from maxva_kernels.groups import Hyperparameters
@@ -127,6 +127,7 @@ def test_moments_never_become_subnormal(backend):
     assert not optimizer.state[param]["grad_mean"].any()
 
 
+@needs_cpu_kernels
 def test_long_dead_coordinates_cost_no_more_time():
     """Embedding rows without gradient for thousands of steps: torch's fused AdamW becomes some 20 times slower there.
 

@@ -8,12 +8,9 @@ import sys
 
 import pytest
 import torch
-from cases import ALGORITHMS, BASE, DTYPES, OPTIONS, assert_same_bits, make_params, set_grads, states
+from cases import ALGORITHMS, BASE, DTYPES, OPTIONS, assert_same_bits, make_params, needs_cpu_kernels, set_grads, states
 
 from maxva_kernels import _ops
-from maxva_kernels.backends.registry import why_not
-
-needs_kernels = pytest.mark.skipif(why_not("cpu", torch.device("cpu")) is not None, reason="no CPU kernels")
 
 SIZES = (0, 1, 31, 1000, 40_001, 70_000)  # the last two are divided between threads
 
@@ -27,7 +24,7 @@ def run(algorithm, dtype, **options):
     return optimizer
 
 
-@needs_kernels
+@needs_cpu_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_thread_counts(dtype):
     before = torch.get_num_threads()
@@ -53,7 +50,7 @@ def every_bit() -> tuple[str, dict[str, torch.Tensor]]:
     return _ops.cpu_capability(), results
 
 
-@needs_kernels
+@needs_cpu_kernels
 @pytest.mark.skipif(
     _ops.load_error("_C") is not None or _ops.cpu_capability() == "DEFAULT", reason="one instruction set only"
 )

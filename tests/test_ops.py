@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make_params, set_grads
+from cases import make_params, needs_cpu_kernels, set_grads
 
 from maxva_kernels import MAdam, _ops
-from maxva_kernels.backends.registry import why_not
 
-pytestmark = pytest.mark.skipif(why_not("cpu", torch.device("cpu")) is not None, reason="no CPU kernels")
+pytestmark = needs_cpu_kernels
 
 
 def step_arguments(amsgrad: bool, dtype: torch.dtype = torch.float32):
