@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The CPU kernels under the address and undefined-behaviour sanitizers: builds them so in a scratch folder and runs the
-# tests that walk every size, dtype, option and layout over them. Any report fails the run.
+# tests that walk every size, dtype, option and layout over them. Any report fails the run (capture=sys: and is seen).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 scratch=$(mktemp -d)
@@ -19,5 +19,5 @@ export LD_PRELOAD="$(${CXX:-g++} -print-file-name=libasan.so) $(${CXX:-g++} -pri
 export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
 export PYTHONPATH="$scratch"
 python -c "import maxva_kernels._ops as ops, maxva_kernels; assert maxva_kernels.__file__.startswith('$scratch'), maxva_kernels.__file__; assert not ops.load_error('_C'), ops.load_error('_C')"
-python -m pytest -q -p no:cacheprovider tests/test_step.py tests/test_grad_norm.py tests/test_inputs.py tests/test_ops.py \
+python -m pytest -q --capture=sys -p no:cacheprovider tests/test_step.py tests/test_grad_norm.py tests/test_inputs.py tests/test_ops.py \
   -k "not graph and not opcheck"
