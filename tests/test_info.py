@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import maxva_kernels
-from maxva_kernels import _ops, info
+from maxva_kernels import _ops, build_record, info
 from maxva_kernels.backends import registry
 
 BUILT = {"version": "1.2", "cpu": {"built": True}, "cuda": {"built": False, "reason": "no nvcc"}, "torch": "2.14.1"}
@@ -19,21 +19,21 @@ def package(tmp_path, monkeypatch):
     """An empty folder in the place of the installed package."""
     folder = tmp_path / "source" / "maxva_kernels"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(info, "PACKAGE", folder)
+    monkeypatch.setattr(build_record, "PACKAGE", folder)
     monkeypatch.setattr(sys, "path", [])
     return folder
 
 
 def test_record_is_read(package):
     (package / "_build.json").write_text(json.dumps(BUILT))
-    assert info.build_record() == BUILT
+    assert build_record.read() == BUILT
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"cpu": true, "cuda": true}', '{"cpu": {}}', "\xff"])
 def test_broken_record_counts_as_nothing_built(package, text):
     (package / "_build.json").write_text(text, encoding="latin-1")
     for module in ("cpu", "cuda"):
-        entry = info.build_record()[module]
+        entry = build_record.read()[module]
         assert entry["built"] is False
         assert "_build.json cannot be read" in entry["reason"]
         assert "install maxva-kernels again" in entry["reason"]
@@ -41,11 +41,11 @@ def test_broken_record_counts_as_nothing_built(package, text):
 
 def test_record_whose_values_are_odd(package):
     (package / "_build.json").write_text('{"cpu": {"built": "yes"}, "cuda": {"built": 0}}')
-    assert "neither true nor false" in info.build_record()["cpu"]["reason"]
+    assert "neither true nor false" in build_record.read()["cpu"]["reason"]
 
 
 def test_tree_that_was_not_built(package):
-    reason = info.build_record()["cpu"]["reason"]
+    reason = build_record.read()["cpu"]["reason"]
     assert str(package) in reason
     assert "pip install ." in reason
 
@@ -57,7 +57,7 @@ def test_tree_that_hides_the_installation(package, tmp_path, monkeypatch):
     (site / "maxva_kernels-1.2.dist-info").mkdir()
     (site / "maxva_kernels-1.2.dist-info" / "METADATA").write_text("Name: maxva-kernels\nVersion: 1.2\n")
     monkeypatch.setattr(sys, "path", [str(package.parent), str(site)])
-    reason = info.build_record()["cuda"]["reason"]
+    reason = build_record.read()["cuda"]["reason"]
     assert str(package.parent) in reason
     assert str(site) in reason
     assert "run from another folder" in reason

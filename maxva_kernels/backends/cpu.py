@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _ops, checks
+from .. import _ops, build_record, checks
 from ..groups import Group, Hyperparameters, Scaling, joined
-from ..info import build_record
 
 NAME = "cpu"
 
@@ -17,7 +16,7 @@ NAME = "cpu"
 def why_not(device: torch.device) -> str | None:
     error = _ops.load_error("_C")
     if error is not None:
-        built = build_record().get("cpu", {})
+        built = build_record.read().get("cpu", {})
         cause = error if built.get("built") else built.get("reason", error)
         return f"its kernels are not there ({cause}); reinstall with MAXVA_BUILD=cpu and a C++ compiler"
     if device.type != "cpu":

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import build_record
 from ..groups import Group, Scaling
-from ..info import build_record
 
 NAME = "cuda"
 
 
 def why_not(device: torch.device) -> str | None:
-    reason = build_record().get("cuda", {}).get("reason", "there is no record of the build")
+    reason = build_record.read().get("cuda", {}).get("reason", "there is no record of the build")
     return f"its kernels are not built ({reason}); use backend='auto'"
 
 
