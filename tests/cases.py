@@ -106,6 +106,15 @@ def set_grads(
         param.grad = (scale * (mean + noise)).to(param.device, dtype or param.dtype)
 
 
+def run(optimizer, first=0, last=4):
+    """Steps first ... last - 1; a parameter's gradients depend on its place, so that a copy gets the same."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for step in range(first, last):
+        set_grads(params, step)
+        optimizer.step()
+    return optimizer
+
+
 def states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and every entry of its state, named."""
     for g, group in enumerate(optimizer.param_groups):

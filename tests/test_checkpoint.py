@@ -13,6 +13,7 @@ from cases import (
     backend_params,
     device_of,
     make_params,
+    run,
     set_grads,
     states,
 )
@@ -25,14 +26,6 @@ SIZES = (3, (2, 5), 33)
 def make(algorithm, backend, *, sizes=SIZES, dtype=torch.float32, **options):
     params = make_params(sizes, dtype, device_of(backend))
     return algorithm(params, backend=backend, **{**BASE, **options})
-
-
-def run(optimizer, first, last):
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for step in range(first, last):
-        set_grads(params, step)
-        optimizer.step()
-    return optimizer
 
 
 def through_file(state_dict):

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from cases import ALGORITHMS, BASE, assert_same_bits, backend_params, device_of, make_params, set_grads, states
+from cases import ALGORITHMS, BASE, assert_same_bits, backend_params, device_of, make_params, run, set_grads, states
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
@@ -22,15 +22,6 @@ SHAPES = (3, (2, 5), 70)  # small: what matters here is not the arithmetic
 
 def make(algorithm, backend, params, **options):
     return algorithm(params, backend=backend, **{**BASE, **options})
-
-
-def run(optimizer, first=0, last=4):
-    """Steps first ... last - 1; a parameter's gradients depend on its place, so that a copy gets the same."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for step in range(first, last):
-        set_grads(params, step)
-        optimizer.step()
-    return optimizer
 
 
 def values(optimizer):
