@@ -29,7 +29,8 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     TARGET,
 ]
-NVCC_FLAGS = ["-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off", "-DUSE_CUDA", TARGET]
+# Relaxed constexpr: the formula uses std::numeric_limits in device code.
+NVCC_FLAGS = ["-O3", "-fmad=false", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden,-ffp-contract=off"]
 
 
 def extensions(root: Path, plan: Plan, facts: Facts) -> list[Extension]:
@@ -44,7 +45,7 @@ def extensions(root: Path, plan: Plan, facts: Facts) -> list[Extension]:
 
     modules = [_extension(CppExtension, "_C", root, CPU_SOURCES, {"cxx": [*CXX_FLAGS]})]
     if plan.no_cuda is None:
-        flags = {"cxx": [*CXX_FLAGS, "-DUSE_CUDA"], "nvcc": [*NVCC_FLAGS]}
+        flags = {"cxx": [*CXX_FLAGS], "nvcc": [*NVCC_FLAGS]}
         modules.append(_extension(CUDAExtension, "_C_cuda", root, CUDA_SOURCES, flags))
     return modules
 

@@ -42,6 +42,14 @@ enum class EpsMode : int { kPaper, kAdam };
 // stays what it is: 0 * inf would make it NaN.
 enum class WeightDecay : int { kNone, kDecoupled, kL2 };
 
+// What changes a group's formula. The CPU kernel passes constants and so gets a loop for each combination; on a device,
+// where groups of all modes share a launch, they are values that all threads of a block agree on.
+struct Modes {
+  EpsMode eps;
+  WeightDecay decay;
+  bool amsgrad;
+};
+
 // What a parameter group fixes, in the arithmetic's type T (float; double for float64 parameters).
 template <typename T>
 struct Hyperparameters {
@@ -183,28 +191,22 @@ MAXVA_FN void update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c) {
 
 // One step of one coordinate: parameter p, gradient g as stored, momentum m, moments u, s, w, and with AMSGrad the
 // running maximum x of the bias-corrected sqrt(v).
-template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad, typename T>
-MAXVA_FN void update(T& p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients<T>& c) {
+template <Algorithm kAlgorithm, typename T>
+MAXVA_FN void update(T& p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients<T>& c, const Modes modes) {
   g = g * c.grad_factor;
-  if constexpr (kDecay == WeightDecay::kL2) {
+  if (modes.decay == WeightDecay::kL2) {
     g = g + c.decay * p;
   }
   update_moments(g, u, s, w, c);
 
   T root_v = std::sqrt(s + u * u);
-  if constexpr (kAmsgrad) {
+  if (modes.amsgrad) {
     root_v = root_v <= x ? x : root_v;  // a NaN is kept
     x = root_v;
   }
   // sqrt(w) y / (sqrt(v~) + eps) with v~ = w v, or y / (sqrt(v) + eps)
-  auto normalise = [&](T y) {
-    if constexpr (kEps == EpsMode::kPaper) {
-      const T root_w = std::sqrt(w);
-      return (root_w * y) / (root_w * root_v + c.eps);
-    } else {
-      return y / (root_v + c.eps);
-    }
-  };
+  const T root_w = modes.eps == EpsMode::kPaper ? std::sqrt(w) : T(1);
+  const auto normalise = [&](T y) { return (root_w * y) / (root_w * root_v + c.eps); };
   T direction;
   if constexpr (kAlgorithm == Algorithm::kMAdam) {
     m = flush_subnormal(c.alpha * m + c.one_minus_alpha * g);
@@ -214,7 +216,7 @@ MAXVA_FN void update(T& p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients
     direction = m;
   }
   T change = c.step_size * direction;
-  if constexpr (kDecay == WeightDecay::kDecoupled) {
+  if (modes.decay == WeightDecay::kDecoupled) {
     change = c.decay * p + change;
   }
   p = p - change;

@@ -6,20 +6,23 @@ The schemas stand here and not in C++ so that an installation without compiled c
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .checks import describe
+from .groups import Group, Hyperparameters, Scaling, joined
 
-_library = torch.library.Library("maxva", "DEF")
+library = torch.library.Library("maxva", "DEF")
 
 # One step of MAdam (laprop=False) or LaMAdam (laprop=True), in place, over all parameters of one device.
 # Lists named in the plural have an entry for each parameter (max_denoms: for each of a group with AMSGrad), the others
 # for each group; group_sizes says how many consecutive parameters a group has. lr is a float64 CPU tensor, so that a
 # graph does not recompile when it changes. grad_norm is the global norm of the gradients as they stand;
 # max_grad_norm < 0 clips nothing. found_inf != 0 leaves everything untouched.
-_library.define(
+library.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] grad_means, "
     "Tensor(d!)[] grad_vars, Tensor(e!)[] weight_sums, Tensor(f!)[] max_denoms, Tensor(g!)[] steps, *, "
     "bool laprop, int[] group_sizes, Tensor lr, float[] beta1, float[] beta2_lower, float[] beta2_upper, "
@@ -29,28 +32,35 @@ _library.define(
 )
 # The global L2 norm of all gradients: a scalar, float64 if any gradient is, else float32. Deterministic, and finite
 # wherever the norm itself is representable.
-_library.define("grad_norm(Tensor[] grads) -> Tensor")
+library.define("grad_norm(Tensor[] grads) -> Tensor")
 # The instruction set of the CPU kernels: AVX512, AVX2 or DEFAULT.
-_library.define("cpu_capability() -> str")
+library.define("cpu_capability() -> str")
 
 
-def _load(module: str) -> str | None:
+def _load(module: str) -> ModuleType | str:
     try:
-        importlib.import_module(f"maxva_kernels.{module}")
+        return importlib.import_module(f"maxva_kernels.{module}")
     except ImportError as error:
         return str(error)
-    return None
 
 
-_LOAD_ERRORS = {module: _load(module) for module in ("_C", "_C_cuda")}
+_MODULES = {name: _load(name) for name in ("_C", "_C_cuda")}
 
 
-def load_error(module: str) -> str | None:
+def load_error(name: str) -> str | None:
     """Why the compiled module ``"_C"`` (CPU) or ``"_C_cuda"`` could not be imported; None where it was."""
-    return _LOAD_ERRORS[module]
+    module = _MODULES[name]
+    return module if isinstance(module, str) else None
 
 
-@torch.library.register_fake("maxva::step_", lib=_library)
+def module(name: str) -> ModuleType:
+    """The compiled module of that name, which must be there."""
+    module = _MODULES[name]
+    assert not isinstance(module, str), module
+    return module
+
+
+@torch.library.register_fake("maxva::step_", lib=library)
 def _(
     params: list[Tensor],
     grads: list[Tensor],
@@ -81,7 +91,7 @@ def _(
                 raise RuntimeError(f"maxva: {named} must be on the device of {its_param}; move it there")
 
 
-@torch.library.register_fake("maxva::grad_norm", lib=_library)
+@torch.library.register_fake("maxva::grad_norm", lib=library)
 def _(grads: list[Tensor]) -> Tensor:
     double = any(grad.dtype == torch.float64 for grad in grads)
     return grads[0].new_empty((), dtype=torch.float64 if double else torch.float32)
@@ -90,3 +100,42 @@ def _(grads: list[Tensor]) -> Tensor:
 step_ = torch.ops.maxva.step_.default
 grad_norm = torch.ops.maxva.grad_norm.default
 cpu_capability = torch.ops.maxva.cpu_capability.default
+
+
+def call_step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
+    """`step_` on groups in which every parameter has a gradient."""
+    hypers = [group.hyper for group in groups]
+    step_(
+        joined(groups, "params"),
+        joined(groups, "grads"),
+        joined(groups, "exp_avgs"),
+        joined(groups, "grad_means"),
+        joined(groups, "grad_vars"),
+        joined(groups, "weight_sums"),
+        joined(groups, "max_denoms"),
+        joined(groups, "steps"),
+        laprop=laprop,
+        group_sizes=[len(group.tensors.params) for group in groups],
+        lr=_rates(hypers),
+        beta1=[hyper.beta1 for hyper in hypers],
+        beta2_lower=[hyper.beta2_range[0] for hyper in hypers],
+        beta2_upper=[hyper.beta2_range[1] for hyper in hypers],
+        beta2_init=[hyper.first_beta2 for hyper in hypers],
+        eps=[hyper.eps for hyper in hypers],
+        weight_decay=[hyper.weight_decay for hyper in hypers],
+        decoupled_weight_decay=[int(hyper.decoupled_weight_decay) for hyper in hypers],
+        amsgrad=[int(hyper.amsgrad) for hyper in hypers],
+        maximize=[int(hyper.maximize) for hyper in hypers],
+        adam_eps=[int(hyper.eps_mode == "adam") for hyper in hypers],
+        grad_scale=scaling.grad_scale,
+        found_inf=scaling.found_inf,
+        grad_norm=scaling.grad_norm,
+        max_grad_norm=-1.0 if scaling.max_grad_norm is None else scaling.max_grad_norm,
+    )
+
+
+def _rates(hypers: Sequence[Hyperparameters]) -> Tensor:
+    """The groups' learning rates as the operator takes them."""
+    if any(isinstance(hyper.lr, Tensor) for hyper in hypers):
+        return torch.stack([torch.as_tensor(hyper.lr, dtype=torch.float64).reshape(()) for hyper in hypers])
+    return torch.tensor([hyper.lr for hyper in hypers], dtype=torch.float64)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import layouts
 from .groups import Group, Scaling, joined, state_dtype
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -37,7 +38,7 @@ def check_groups(groups: Sequence[Group]) -> None:
             "pass the parameters of each device in a call of their own",
         )
         _require(
-            not _may_overlap(param),
+            not layouts.may_overlap(param),
             f"{named} has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()",
         )
     for i, grad in enumerate(joined(groups, "grads")):
@@ -90,7 +91,7 @@ def _require(holds: bool, message: str) -> None:
 def _check_state(tensor: Tensor, name: str, index: int, param: Tensor, param_index: int) -> None:
     _check_like(tensor, name, index, param, state_dtype(param), param_index)
     _require(
-        not _may_overlap(tensor),
+        not layouts.may_overlap(tensor),
         f"{describe(tensor, name, index)} has elements that share memory (an expanded tensor?); use .clone()",
     )
 
@@ -113,16 +114,3 @@ def _check_like(
         _require(tensor.dtype in SUPPORTED, f"{named} must be float32, bfloat16, float16 or float64 beside {its_param}")
     _require(tensor.shape == param.shape, f"{named} must have the shape of {its_param}")
     _require(tensor.device == param.device, f"{named} must be on the device of {its_param}; move it there")
-
-
-def _may_overlap(tensor: Tensor) -> bool:
-    """Sufficient for distinct places: every stride exceeds what the dimensions below it span."""
-    if tensor.is_contiguous() or tensor.numel() == 0:
-        return False
-    span = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1:
-            if stride <= span:
-                return True
-            span += (size - 1) * stride
-    return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,13 @@ def is_sharded(groups: Sequence[Group]) -> bool:
 def local(groups: Sequence[Group]) -> list[Group]:
     """The groups with every DTensor replaced by the shard that this rank holds, which shares its memory."""
     return [
-        group._replace(
-            tensors=TensorLists(*([_local(t) for t in getattr(group.tensors, f.name)] for f in fields(TensorLists)))
+        Group(
+            group.hyper,
+            TensorLists(*([_local(t) for t in getattr(group.tensors, f.name)] for f in fields(TensorLists))),
         )
         for group in groups
     ]
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+def _local(tensor: Any) -> Any:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a missing gradient stays None

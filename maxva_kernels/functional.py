@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import distributed
 from .backends.registry import select
-from .groups import Group, Hyperparameters, Scaling, TensorLists
+from .groups import Group, Hyperparameters, Scaling, TensorLists, joined
 
 __all__ = ["grad_norm", "lamadam_", "madam_", "step_groups"]
 
@@ -110,7 +110,7 @@ def step_groups(
 
     Each group's tensors share a device; the groups may be on several. Args and errors as for `madam_`.
     """
-    groups = [group for group in groups if group.tensors.params]
+    groups = [group for group in groups if any(grad is not None for grad in group.tensors.grads)]
     check_max_grad_norm(max_grad_norm)
     if not groups:
         return
@@ -125,7 +125,7 @@ def step_groups(
         by_device.setdefault(group.tensors.params[0].device, []).append(group)
     norm = None
     if max_grad_norm is not None:
-        norm = grad_norm([grad for group in groups for grad in group.tensors.grads], backend=backend)
+        norm = grad_norm([grad for grad in joined(groups, "grads") if grad is not None], backend=backend)
     for device, members in by_device.items():
         grad_scale, found_inf, norm = (_on(device, scalar) for scalar in (grad_scale, found_inf, norm))
         scaling = Scaling(grad_scale, found_inf, norm, max_grad_norm)
@@ -184,7 +184,7 @@ def _single_group(
 ) -> None:
     group = Group(
         Hyperparameters(**hyper, amsgrad=max_denoms is not None),  # type: ignore[arg-type]
-        TensorLists(params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms or [], steps),
+        TensorLists(params, list(grads), exp_avgs, grad_means, grad_vars, weight_sums, max_denoms or [], steps),
     )
     step_groups(
         [group],

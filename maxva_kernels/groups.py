@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -92,11 +92,12 @@ class TensorLists:
     """The tensors of one group's step, aligned by index; ``max_denoms`` is empty without AMSGrad.
 
     Parameters and gradients are float32, bfloat16, float16 or float64, moments have `state_dtype` of the parameter and
-    its shape, steps are int64 scalars counting the steps done.
+    its shape, steps are int64 scalars counting the steps done. Where a gradient is None nothing of that parameter
+    changes: so a GPU's table of pointers can stay as gradients come and go.
     """
 
     params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor | None] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
     grad_means: list[Tensor] = field(default_factory=list)
     grad_vars: list[Tensor] = field(default_factory=list)
@@ -122,8 +123,21 @@ class Scaling(NamedTuple):
     max_grad_norm: float | None = None
 
 
-def joined(groups: Sequence[Group], name: str) -> list[Tensor]:
+def joined(groups: Sequence[Group], name: str) -> list[Any]:
     """One list of all groups' tensors of that name."""
     if len(groups) == 1:
         return getattr(groups[0].tensors, name)
     return [tensor for group in groups for tensor in getattr(group.tensors, name)]
+
+
+def with_gradients(groups: Sequence[Group]) -> Sequence[Group]:
+    """The groups without the parameters whose gradient is None."""
+    if all(grad is not None for group in groups for grad in group.tensors.grads):
+        return groups
+    present = []
+    for hyper, tensors in groups:
+        keep = [i for i, grad in enumerate(tensors.grads) if grad is not None]
+        lists = {f.name: getattr(tensors, f.name) for f in fields(TensorLists)}
+        kept = {name: [values[i] for i in keep] if values else [] for name, values in lists.items()}
+        present.append(Group(hyper, TensorLists(**kept)))
+    return [group for group in present if group.tensors.params]

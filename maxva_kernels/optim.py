@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checkpoint, checks, functional
+from . import checkpoint, checks, functional, gpu
 from .backends.registry import select
 from .groups import HYPERPARAMETERS, MOMENTS, Group, Hyperparameters, TensorLists, state_dtype
 
@@ -20,7 +20,7 @@ _ARGUMENTS = """
     Args:
         params: parameters, or named parameters, or dicts of parameter groups, as for `torch.optim`: float32, bfloat16,
             float16 or float64. Arithmetic is in float32 (float64 for float64 parameters).
-        lr: learning rate >= 0, a float or a tensor with one element.
+        lr: learning rate >= 0, a float or a tensor with one element. One on a GPU is not checked after construction.
         beta1: momentum in [0, 1), the paper's alpha.
         beta2_range: bounds 0 < lower <= upper <= 1 of the second moment's coefficient beta, which is chosen between
             them for each coordinate and step (Eq. 6). Equal bounds turn the choice off.
@@ -38,7 +38,8 @@ _ARGUMENTS = """
             not written. None: no clipping.
         state_dtype: None is the only choice yet.
         master_weights: False is the only choice yet.
-        capturable: False is the only choice yet.
+        capturable: keep the learning rate in a tensor on the parameters' device, which schedulers update in place, so
+            that `step` can be captured in a CUDA graph whose replays follow it. Run some steps before the capture.
         backend: "auto" (the fastest that can run on each parameter's device), "cuda", "triton", "cpu" or "reference".
             ``python -m maxva_kernels`` says which can run. All share one state: a run may change it at any step.
 
@@ -66,8 +67,6 @@ class _MaxVA(Optimizer):
         self, params: Any, *, max_grad_norm: float | None, capturable: bool, backend: str, **defaults: Any
     ) -> None:
         functional.check_max_grad_norm(max_grad_norm)
-        if capturable:
-            raise NotImplementedError("capturable=True is not implemented yet; use capturable=False")
         self.max_grad_norm = max_grad_norm
         self.capturable = capturable
         self.backend = backend
@@ -85,6 +84,7 @@ class _MaxVA(Optimizer):
             _hyperparameters(group)
             if isinstance(group["lr"], Tensor):  # read now, and not in each step: a GPU would be waited for
                 _hyperparameters({**group, "lr": group["lr"].item()})
+            self._place_lr(group)
             for option, only in (("state_dtype", None), ("master_weights", False)):
                 if group[option] != only:
                     raise NotImplementedError(f"{option}={group[option]!r} is not implemented yet; use {only!r}")
@@ -117,6 +117,8 @@ class _MaxVA(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.capturable and _is_capturing(self.param_groups):
+            raise RuntimeError("a CUDA graph is being captured; pass capturable=True to have step() captured")
         fresh: list[tuple[Tensor, str | None]] = []
         try:
             functional.step_groups(
@@ -139,7 +141,7 @@ class _MaxVA(Optimizer):
         return loss
 
     def _gather(self, fresh: list[tuple[Tensor, str | None]]) -> list[Group]:
-        """The groups with the tensors of all parameters that have a gradient, divided by device where need be.
+        """The groups with the tensors of all parameters that have or had a gradient, divided by device where need be.
 
         Makes the state that is missing and appends to ``fresh`` what it made: the parameter, and the name of the entry
         or None for the whole state.
@@ -150,7 +152,7 @@ class _MaxVA(Optimizer):
             by_device: dict[torch.device, TensorLists] = {}
             for param in settings["params"]:
                 grad = param.grad
-                if grad is None:
+                if grad is None and not self._has_state(param, hyper):
                     continue
                 state = self.state[param]
                 if not state:
@@ -174,6 +176,10 @@ class _MaxVA(Optimizer):
                     lists.max_denoms.append(state["max_denom"])
         return groups
 
+    def _has_state(self, param: Tensor, hyper: Hyperparameters) -> bool:
+        state = self.state.get(param, {})
+        return bool(state) and (not hyper.amsgrad or "max_denom" in state)
+
     def _listed(self, name: str) -> list[tuple[int, int, list[str] | None]]:
         """Whose tensors the list ``name`` of a step has: it skips parameters without gradient, or without maxima."""
         return [
@@ -195,6 +201,18 @@ class _MaxVA(Optimizer):
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
+        for group in self.param_groups:
+            self._place_lr(group)
+
+    def _place_lr(self, group: dict[str, Any]) -> None:
+        """Has a group's learning rate where its parameters' kernels can read it."""
+        lr, params = group["lr"], group["params"]
+        if self.capturable:
+            double = any(param.dtype == torch.float64 for param in params)
+            device = params[0].device if params else None
+            group["lr"] = torch.as_tensor(lr, dtype=torch.float64 if double else torch.float32, device=device)
+        elif isinstance(lr, Tensor) and not any(param.device == lr.device for param in params):
+            group["lr"] = lr.cpu()  # of a checkpoint from another device
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"max_grad_norm": self.max_grad_norm, "capturable": self.capturable, "backend": self.backend}
@@ -272,6 +290,10 @@ class LaMAdam(_MaxVA):
         backend: str = "auto",
     ) -> None:
         super().__init__(**_arguments(locals()))
+
+
+def _is_capturing(param_groups: list[dict[str, Any]]) -> bool:
+    return any(group["params"] and group["params"][0].is_cuda for group in param_groups) and gpu.is_capturing()
 
 
 def _arguments(names: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ matters, gradients whose mean and deviation are alike.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -56,8 +57,8 @@ needs_cpu_kernels = pytest.mark.skipif(
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend is tested: its own kind of device."""
-    return torch.device("cuda" if backend in ("cuda", "triton") else "cpu")
+    """Where a backend is tested: its own kind of device, or the CPU where that is simulated."""
+    return torch.device("cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu")
 
 
 def backend_params(*, oracle: bool = True) -> list:
@@ -69,8 +70,11 @@ def backend_params(*, oracle: bool = True) -> list:
         device = device_of(name)
         marks = [pytest.mark.gpu] if device.type == "cuda" else []
         reason = why_not(name, device)
-        if reason is None and device.type == "cuda" and not torch.cuda.is_available():
-            reason = "no GPU"
+        if name == "cuda" and device.type == "cpu":
+            reason = (
+                None if shutil.which("nvcc") and shutil.which("g++") else "no GPU, and no compilers to simulate one"
+            )
+            marks.append(pytest.mark.simulated)
         if reason is not None:
             marks.append(pytest.mark.skip(reason=reason))
         params.append(pytest.param(name, marks=marks))

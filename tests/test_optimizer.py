@@ -760,21 +760,20 @@ def test_named_parameters():
     assert not torch.equal(before, model[0].weight)
 
 
-@pytest.mark.parametrize("option", [{"capturable": True}, {"master_weights": True}, {"state_dtype": torch.bfloat16}])
+@pytest.mark.parametrize("option", [{"master_weights": True}, {"state_dtype": torch.bfloat16}])
 def test_options_to_come_say_so(option):
     """Guards against an option accepted and ignored."""
     (name,) = option
     with pytest.raises(NotImplementedError, match=name):
         MAdam(make_params((2,)), **option)
-    if name != "capturable":
-        with pytest.raises(NotImplementedError, match=name):
-            MAdam([{"params": make_params((2,)), **option}])
+    with pytest.raises(NotImplementedError, match=name):
+        MAdam([{"params": make_params((2,)), **option}])
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_backends_to_come_say_so(backend):
+def test_backend_that_cannot_run_says_so(backend):
     """Guards against a silent fallback to another backend than the one asked for."""
-    with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run on device cpu: .*not built"):
+    with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run on device cpu: .*(MAXVA_BUILD=cuda|auto)"):
         MAdam(make_params((2,)), backend=backend)
 
 

@@ -8,12 +8,11 @@
 
 #include <cstdint>
 
+#include "dtype.h"
 #include "maxva.h"
 #include "norm.h"
 
 namespace maxva::cpu {
-
-enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
 // One tensor's step: what stands still while its elements are walked. All operands have the same layout.
 struct TensorStep {

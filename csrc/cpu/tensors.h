@@ -4,8 +4,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check.h"
-#include "cpu/float16.h"
 #include "cpu/kernels.h"
+#include "float16.h"
 
 namespace maxva::cpu {
 

@@ -1,26 +1,65 @@
-"""The CUDA kernels (csrc/cuda): not written yet. The module keeps their place and says so."""
+"""The C++/CUDA kernels (csrc/cuda)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .. import build_record
-from ..groups import Group, Scaling
+from .. import _ops, build_record, gpu
+from ..groups import Group, Scaling, with_gradients
 
 NAME = "cuda"
 
 
 def why_not(device: torch.device) -> str | None:
-    reason = build_record.read().get("cuda", {}).get("reason", "there is no record of the build")
-    return f"its kernels are not built ({reason}); use backend='auto'"
+    error = _ops.load_error("_C_cuda")
+    if error is not None:
+        built = build_record.read().get("cuda", {})
+        cause = error if built.get("built") else built.get("reason", error)
+        return f"its kernels are not there ({cause}); reinstall with MAXVA_BUILD=cuda"
+    if device.type != "cuda":
+        return f"it drives CUDA tensors, and these are on {device}; move them, or let backend='auto' choose"
+    if torch.version.hip is not None:
+        return "this torch drives AMD GPUs; use backend='triton'"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU here"
+    return _why_not_device(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _why_not_device(index: int) -> str | None:
+    try:
+        _launcher().probe(index)
+    except RuntimeError as error:
+        major, minor = torch.cuda.get_device_capability(index)
+        return (
+            f"its kernels do not run on {torch.cuda.get_device_name(index)} ({error}); reinstall with "
+            f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        )
+    return None
+
+
+class _Launcher(gpu.Launcher):
+    def probe(self, device: int, /) -> None:
+        """Raises RuntimeError if the kernels cannot run on that device."""
+
+
+def _launcher() -> _Launcher:
+    return cast(_Launcher, _ops.module("_C_cuda"))
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
-    raise NotImplementedError(why_not(grads[0].device))
+    if torch.compiler.is_compiling():
+        return _ops.grad_norm(grads)
+    return gpu.grad_norm(_launcher(), grads)
 
 
 def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
-    raise NotImplementedError(why_not(groups[0].tensors.params[0].device))
+    if torch.compiler.is_compiling():
+        _ops.call_step(with_gradients(groups), laprop, scaling)
+    else:
+        gpu.step(_launcher(), groups, laprop, scaling)

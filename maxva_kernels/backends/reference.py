@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
-from ..groups import Group, Scaling
+from ..groups import Group, Scaling, with_gradients
 
 NAME = "reference"
 
@@ -31,6 +31,7 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
 
 
 def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
+    groups = with_gradients(groups)
     checks.check_groups(groups)
     checks.check_scaling(scaling)
     if scaling.found_inf is not None and scaling.found_inf.item() != 0:
@@ -40,6 +41,7 @@ def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
         if isinstance(hyper.lr, Tensor):  # of any shape with one element, and of any dtype
             hyper = replace(hyper, lr=hyper.lr.double().reshape(()))
         for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
+            assert grad is not None
             tensors.steps[i] += 1
             moments = (tensors.exp_avgs[i], tensors.grad_means[i], tensors.grad_vars[i], tensors.weight_sums[i])
             max_denom = tensors.max_denoms[i] if hyper.amsgrad else None

@@ -5,7 +5,7 @@
 #include <cstring>
 #include <vector>
 
-#include "cpu/float16.h"
+#include "float16.h"
 #include "cpu/kernels.h"
 
 using namespace maxva;

@@ -1,6 +1,11 @@
-// Conversions between float and the 16-bit formats, as bit operations that every instruction set vectorises alike.
-// Round to nearest even; overflow gives infinity; NaN stays NaN.
+// Conversions between float and the 16-bit formats: the device's own instructions, and on the host bit operations that
+// every instruction set vectorises alike. Round to nearest even; overflow gives infinity; NaN stays NaN.
 #pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 
 #include <cstdint>
 #include <cstring>
@@ -28,6 +33,23 @@ MAXVA_FN float from_bits(uint32_t bits) {
   std::memcpy(&x, &bits, sizeof(x));
   return x;
 }
+
+#if defined(__CUDA_ARCH__)
+
+MAXVA_FN float to_float(BFloat16 x) {
+  return __bfloat162float(__ushort_as_bfloat16(x.bits));
+}
+MAXVA_FN float to_float(Half x) {
+  return __half2float(__ushort_as_half(x.bits));
+}
+MAXVA_FN void convert(float x, BFloat16& out) {
+  out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+MAXVA_FN void convert(float x, Half& out) {
+  out.bits = __half_as_ushort(__float2half_rn(x));
+}
+
+#else
 
 MAXVA_FN float to_float(BFloat16 x) {
   return from_bits(uint32_t(x.bits) << 16);
@@ -62,6 +84,8 @@ MAXVA_FN void convert(float x, Half& out) {
   out.bits = uint16_t(sign | half);
 }
 
+#endif
+
 MAXVA_FN float to_float(float x) {
   return x;
 }
@@ -69,6 +93,9 @@ MAXVA_FN float to_float(double x) {
   return static_cast<float>(x);
 }
 MAXVA_FN void convert(float x, float& out) {
+  out = x;
+}
+MAXVA_FN void convert(double x, double& out) {
   out = x;
 }
 

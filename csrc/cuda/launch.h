@@ -1,0 +1,86 @@
+// What the kernels are given, as plain structs: the host path (arguments.cpp, maxva_kernels/tensor_table.py) fills
+// them, the kernels read them. Neither torch nor CUDA is known here.
+//
+// Note [What stays and what travels]
+// Between steps only gradients move. What stays, pointers to parameters and state, sizes, the way the work is cut, is a
+// table in device memory that is built once. What may change, gradients, hyperparameters, scalars, travels with the
+// launch as its arguments, which are constant memory to the kernel: no copy to the device, and no wait for one. CUDA
+// takes 32,764 bytes of arguments since 12.1, enough for a model of kMaxTensors tensors in one launch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "dtype.h"
+#include "maxva.h"
+#include "norm.h"
+
+namespace maxva::cuda {
+
+constexpr size_t kMaxLaunchBytes = 32764;
+constexpr int kMaxTensors = 2900;  // of one launch
+constexpr int kMaxGroups = 64;
+
+// Elements of a step that a block takes at a time: a multiple of what its threads load at once, whatever the dtypes.
+constexpr int64_t kStepChunk = 8192;
+constexpr int kStepThreads = 256;
+
+// One parameter in the table.
+struct StepRow {
+  void* param;
+  void* exp_avg;
+  void* grad_mean;
+  void* grad_var;
+  void* weight_sum;
+  void* max_denom;  // null without AMSGrad
+  int64_t* step;
+  int64_t numel;
+  int64_t group;        // index into StepLaunch::groups
+  int64_t first_chunk;  // its place in the row of all chunks
+};
+
+template <typename T>
+struct StepGroup {
+  Hyperparameters<T> hyper;
+  const T* lr;  // on the device, in place of hyper.lr; null: that one counts
+  EpsMode eps_mode;
+  bool maximize;
+};
+
+// The arguments of a step's launch.
+template <typename T>
+struct StepLaunch {
+  const StepRow* rows;
+  const int32_t* chunk_rows;  // for each chunk its row
+  int64_t chunks;
+  unsigned* ticket;     // counts the blocks that are done; 0 between launches
+  const T* grad_scale;  // null: 1
+  const T* found_inf;   // null: 0
+  const T* grad_norm;   // null: no clip
+  T max_grad_norm;
+  int32_t tensors;
+  StepGroup<T> groups[kMaxGroups];
+  const void* grads[kMaxTensors];  // for each row; null: no gradient this time, the tensor is left alone
+};
+
+// One gradient in the table of the norm.
+struct NormRow {
+  int64_t numel;
+  int64_t first_chunk;  // its place in the row of this launch's chunks
+  int64_t first_sum;    // and in that of all launches' chunks, see Note [Deterministic norm]
+};
+
+// The arguments of a launch that sums the squares of chunks.
+template <typename T>
+struct NormLaunch {
+  const NormRow* rows;
+  const int32_t* chunk_rows;
+  int64_t chunks;
+  SumOfSquares<T>* sums;  // for each chunk of all launches
+  const void* grads[kMaxTensors];
+};
+
+static_assert(sizeof(StepLaunch<float>) <= kMaxLaunchBytes && sizeof(StepLaunch<double>) <= kMaxLaunchBytes);
+static_assert(sizeof(NormLaunch<double>) <= kMaxLaunchBytes);
+
+}  // namespace maxva::cuda

@@ -1,0 +1,202 @@
+// The Python module maxva_kernels._C_cuda: fills the arguments of the kernels and launches them on a stream. It takes
+// addresses, sizes and scalars; tensors are known to Python alone (maxva_kernels/gpu_step.py, gpu_norm.py).
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <exception>
+#include <map>
+#include <utility>
+
+#include "check.h"
+#include "cuda/arguments.h"
+#include "cuda/kernels.h"
+
+namespace maxva::cuda {
+namespace {
+
+void check_cuda(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) {
+    cudaGetLastError();  // what was reported here must not be found by whoever asks next
+    MAXVA_CHECK(false, what, ": ", cudaGetErrorString(status), " (", cudaGetErrorName(status), ")");
+  }
+}
+
+// Makes a device the current one for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) {
+    check_cuda(cudaGetDevice(&before_), "asking for the current device");
+    if (device != before_) {
+      check_cuda(cudaSetDevice(device), "switching to the tensors' device");
+      switched_ = true;
+    }
+  }
+  ~DeviceGuard() {
+    if (switched_) {
+      cudaSetDevice(before_);
+    }
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_ = 0;
+  bool switched_ = false;
+};
+
+// The blocks of a kernel that the current device can hold at once.
+int64_t resident_blocks(const Kernel& kernel, int device) {
+  static std::map<std::pair<const void*, int>, int64_t> known;  // the interpreter's lock guards it
+  const auto [entry, is_new] = known.try_emplace({kernel.function, device}, 0);
+  if (is_new) {
+    int multiprocessors = 0, blocks = 0;
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "asking the device");
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads, 0),
+               "finding a kernel for this device");
+    entry->second = int64_t(multiprocessors) * std::max(blocks, 1);
+  }
+  return entry->second;
+}
+
+void launch(const Kernel& kernel, int64_t blocks, void** arguments, uint64_t stream) {
+  cudaError_t status;
+  Py_BEGIN_ALLOW_THREADS;  // a full queue makes this wait
+  status = cudaLaunchKernel(kernel.function, dim3(static_cast<unsigned>(blocks)),
+                            dim3(static_cast<unsigned>(kernel.threads)), arguments, 0,
+                            reinterpret_cast<cudaStream_t>(stream));
+  Py_END_ALLOW_THREADS;
+  check_cuda(status, "launching a kernel");
+}
+
+// Launches as many blocks as the device holds at once, or as there are chunks.
+template <typename Launch, typename Input>
+void launch_over_chunks(const Kernel& kernel, const Input& input, int device, uint64_t stream) {
+  MAXVA_CHECK(kernel.function != nullptr, "there is no kernel for these dtypes");
+  Launch arguments;
+  fill(arguments, input);
+  const DeviceGuard guard(device);
+  void* pointers[] = {&arguments};
+  launch(kernel, std::clamp<int64_t>(input.chunks, 1, resident_blocks(kernel, device)), pointers, stream);
+}
+
+// The contents of a bytes object as an array.
+template <typename Item>
+const Item* items_of(PyObject* bytes, int64_t& count) {
+  char* data = nullptr;
+  Py_ssize_t size = 0;
+  MAXVA_CHECK(PyBytes_AsStringAndSize(bytes, &data, &size) == 0, "bytes expected");
+  count = static_cast<int64_t>(size / sizeof(Item));
+  return reinterpret_cast<const Item*>(data);
+}
+
+// Runs the body of a function that Python calls.
+template <typename Body>
+PyObject* guarded(Body body) {
+  try {
+    body();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* step(PyObject*, PyObject* args) {
+  int device, param, grad, laprop;
+  unsigned long long stream, rows, chunk_rows, ticket, grad_scale, found_inf, grad_norm;
+  long long chunks;
+  double max_grad_norm;
+  PyObject *groups, *grads;
+  if (!PyArg_ParseTuple(args, "iKiipKKLKSSKKKd", &device, &stream, &param, &grad, &laprop, &rows, &chunk_rows, &chunks,
+                        &ticket, &groups, &grads, &grad_scale, &found_inf, &grad_norm, &max_grad_norm)) {
+    return nullptr;
+  }
+  return guarded([&] {
+    StepInput input{rows, chunk_rows, chunks, ticket, grad_scale, found_inf, grad_norm, max_grad_norm};
+    input.groups = items_of<PackedGroup>(groups, input.group_count);
+    input.grads = items_of<uint64_t>(grads, input.tensors);
+    const Kernel kernel = step_kernel_for(static_cast<DType>(param), static_cast<DType>(grad),
+                                          laprop ? Algorithm::kLaMAdam : Algorithm::kMAdam);
+    if (static_cast<DType>(param) == DType::kDouble) {
+      launch_over_chunks<StepLaunch<double>>(kernel, input, device, stream);
+    } else {
+      launch_over_chunks<StepLaunch<float>>(kernel, input, device, stream);
+    }
+  });
+}
+
+PyObject* norm_chunks(PyObject*, PyObject* args) {
+  int device, grad, twice;
+  unsigned long long stream, rows, chunk_rows, sums;
+  long long chunks;
+  PyObject* grads;
+  if (!PyArg_ParseTuple(args, "iKipKKLSK", &device, &stream, &grad, &twice, &rows, &chunk_rows, &chunks, &grads,
+                        &sums)) {
+    return nullptr;
+  }
+  return guarded([&] {
+    NormInput input{rows, chunk_rows, chunks, sums};
+    input.grads = items_of<uint64_t>(grads, input.tensors);
+    const Kernel kernel = norm_chunks_kernel_for(static_cast<DType>(grad), twice != 0);
+    if (twice) {
+      launch_over_chunks<NormLaunch<double>>(kernel, input, device, stream);
+    } else {
+      launch_over_chunks<NormLaunch<float>>(kernel, input, device, stream);
+    }
+  });
+}
+
+PyObject* norm_total(PyObject*, PyObject* args) {
+  int device, twice;
+  unsigned long long stream, sums, norm;
+  long long chunks;
+  if (!PyArg_ParseTuple(args, "iKpKLK", &device, &stream, &twice, &sums, &chunks, &norm)) {
+    return nullptr;
+  }
+  return guarded([&] {
+    const DeviceGuard guard(device);
+    void* pointers[] = {&sums, &chunks, &norm};
+    launch(norm_total_kernel_for(twice != 0), 1, pointers, stream);
+  });
+}
+
+PyObject* probe(PyObject*, PyObject* args) {
+  int device;
+  if (!PyArg_ParseTuple(args, "i", &device)) {
+    return nullptr;
+  }
+  return guarded([&] {
+    const DeviceGuard guard(device);
+    resident_blocks(step_kernel_for(DType::kFloat, DType::kFloat, Algorithm::kMAdam), device);
+  });
+}
+
+PyMethodDef methods[] = {
+    {"step", step, METH_VARARGS,
+     "step(device, stream, param_dtype, grad_dtype, laprop, rows, chunk_rows, chunks, ticket, groups, grads, "
+     "grad_scale, found_inf, grad_norm, max_grad_norm)\n\nLaunches one step."},
+    {"norm_chunks", norm_chunks, METH_VARARGS,
+     "norm_chunks(device, stream, grad_dtype, double, rows, chunk_rows, chunks, grads, sums)\n\n"
+     "Launches the sums of squares of all chunks."},
+    {"norm_total", norm_total, METH_VARARGS,
+     "norm_total(device, stream, double, sums, chunks, norm)\n\nLaunches the root of the sum of all chunks."},
+    {"probe", probe, METH_VARARGS, "probe(device)\n\nRaises RuntimeError if the kernels cannot run on that device."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C_cuda", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace maxva::cuda
+
+PyMODINIT_FUNC PyInit__C_cuda(void) {
+  PyObject* module = PyModule_Create(&maxva::cuda::definition);
+  if (module != nullptr) {
+    PyModule_AddIntConstant(module, "MAX_TENSORS", maxva::cuda::kMaxTensors);
+    PyModule_AddIntConstant(module, "MAX_GROUPS", maxva::cuda::kMaxGroups);
+    PyModule_AddIntConstant(module, "STEP_CHUNK", maxva::cuda::kStepChunk);
+    PyModule_AddIntConstant(module, "NORM_CHUNK", maxva::kNormChunk);
+  }
+  return module;
+}

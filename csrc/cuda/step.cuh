@@ -1,0 +1,238 @@
+// One step over the tensors of a table: the walk, the loads and the stores around the formula of maxva.h.
+//
+// Note [Modes at run time]
+// Groups of one launch may differ in every mode, so within it modes are values that all threads of a block agree on:
+// a few uniform branches in a kernel that waits for memory. Only what a whole launch shares is a template parameter.
+//
+// Note [Alignment]
+// A thread takes kWidth consecutive elements, 16 bytes of the narrowest operand. A tensor may begin anywhere in such a
+// packet (a view of a flat buffer does): its chunks are cut where packets begin, `shift` elements early, and only the
+// packets over its two ends go element by element. That needs all operands to begin at the same place of a packet.
+// Where they don't, the threads of that tensor take elements that are kStepThreads apart: every access is one element
+// wide, and those of a warp still lie side by side.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/launch.h"
+#include "cuda/packet.cuh"
+#include "float16.h"
+
+namespace maxva::cuda {
+
+// Blocks that must fit a multiprocessor at once, which limits a thread to 80 or 128 registers. Either way its threads
+// have more than 70 KB under way, above what hides the latency of memory at full speed: 6 packets a thread where all
+// operands are float, 10 and more where one is half as wide.
+template <typename T, typename Param, typename Grad>
+constexpr int kStepBlocks = sizeof(T) == 4 && sizeof(Param) == 4 && sizeof(Grad) == 4 ? 3 : 2;
+
+// The elements of one thread in one turn: element k lies `first + k * spacing` behind where the chunk begins.
+struct Place {
+  int first;
+  int begin, end;  // the chunk's elements that are there: before and beyond lie none, or other chunks'
+  int spacing;
+  bool whole;  // all are there and lie in aligned packets
+
+  // Where element k is, or -1 if it is not there. The empty statement hides how it was computed: else the compiler
+  // keeps the addresses of these rare accesses from the loads to the stores, and spills other registers for them.
+  __device__ __forceinline__ int find(int k) const {
+    int i = first + k * spacing;
+    asm volatile("" : "+r"(i));
+    return i >= begin && i < end ? i : -1;
+  }
+
+  // Elements from ... from + kCount - 1 of the thread.
+  template <int kCount, typename Stored>
+  __device__ __forceinline__ void load(const Stored* memory, int from, Stored (&to)[kCount]) const {
+    if (whole) {
+      load_packets(memory + first + from, to);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int i = find(from + k);
+      if (i >= 0) {
+        to[k] = *in_global_memory(memory + i);
+      }
+    }
+  }
+
+  template <int kCount, typename Stored>
+  __device__ __forceinline__ void store(const Stored (&values)[kCount], int from, Stored* memory) const {
+    if (whole) {
+      store_packets(values, memory + first + from);
+      return;
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const int i = find(from + k);
+      if (i >= 0) {
+        *in_global_memory(memory + i) = values[k];
+      }
+    }
+  }
+};
+
+// Steps one chunk of one tensor.
+template <Algorithm kAlgorithm, typename T, typename Param, typename Grad>
+__device__ __forceinline__ void step_chunk(const StepRow& row, const Grad* grad, int64_t chunk,
+                                           const Coefficients<T>& coefficients, const Modes modes) {
+  constexpr bool kNarrowParam = sizeof(Param) <= sizeof(Grad);
+  constexpr int kWidth = kNarrowParam ? kPerPacket<Param> : kPerPacket<Grad>;
+  constexpr int kSlice = kPerPacket<T>;  // as many at a time need their state in registers
+  static_assert(kStepChunk % (kWidth * kStepThreads) == 0);
+
+  // 1. Where this chunk begins and ends, and whether packets can be used.
+  const uintptr_t narrow = reinterpret_cast<uintptr_t>(kNarrowParam ? row.param : grad);
+  const int misplaced = int(narrow % kPacketBytes) / int(kNarrowParam ? sizeof(Param) : sizeof(Grad));
+  const auto fits = [&](const auto* memory) { return is_packet_aligned(memory - misplaced); };
+  const bool packets = fits(static_cast<Param*>(row.param)) && fits(grad) && fits(static_cast<T*>(row.exp_avg)) &&
+                       fits(static_cast<T*>(row.grad_mean)) && fits(static_cast<T*>(row.grad_var)) &&
+                       fits(static_cast<T*>(row.weight_sum)) &&
+                       (!modes.amsgrad || fits(static_cast<T*>(row.max_denom)));
+  const int shift = packets ? misplaced : 0;
+  const int64_t start = chunk * kStepChunk - shift;
+  const bool is_last = (chunk + 1) * kStepChunk >= row.numel;
+
+  Param* const params = static_cast<Param*>(row.param) + start;
+  const Grad* const grads = grad + start;
+  T* const exp_avgs = static_cast<T*>(row.exp_avg) + start;
+  T* const grad_means = static_cast<T*>(row.grad_mean) + start;
+  T* const grad_vars = static_cast<T*>(row.grad_var) + start;
+  T* const weight_sums = static_cast<T*>(row.weight_sum) + start;
+  T* const max_denoms = static_cast<T*>(row.max_denom) + start;
+
+  Place at;
+  at.begin = chunk == 0 ? shift : 0;
+  at.end = is_last ? int(row.numel - start) : int(kStepChunk);
+  at.spacing = packets ? 1 : kStepThreads;
+  for (at.first = threadIdx.x * (packets ? kWidth : 1); at.first < at.end; at.first += kStepThreads * kWidth) {
+    at.whole = packets && at.first >= at.begin && at.first + kWidth <= at.end;
+
+    // 2. Load, state in slices.
+    Param param[kWidth];
+    Grad gradient[kWidth];
+    at.load(params, 0, param);
+    at.load(grads, 0, gradient);
+#pragma unroll
+    for (int from = 0; from < kWidth; from += kSlice) {
+      T exp_avg[kSlice], grad_mean[kSlice], grad_var[kSlice], weight_sum[kSlice], max_denom[kSlice];
+      at.load(exp_avgs, from, exp_avg);
+      at.load(grad_means, from, grad_mean);
+      at.load(grad_vars, from, grad_var);
+      at.load(weight_sums, from, weight_sum);
+      if (modes.amsgrad) {
+        at.load(max_denoms, from, max_denom);
+      }
+
+      // 3. Update.
+#pragma unroll
+      for (int k = 0; k < kSlice; ++k) {
+        T value = widen<T>(param[from + k]);
+        update<kAlgorithm>(value, widen<T>(gradient[from + k]), exp_avg[k], grad_mean[k], grad_var[k], weight_sum[k],
+                           max_denom[k], coefficients, modes);
+        convert(value, param[from + k]);
+      }
+
+      // 4. Store.
+      at.store(exp_avg, from, exp_avgs);
+      at.store(grad_mean, from, grad_means);
+      at.store(grad_var, from, grad_vars);
+      at.store(weight_sum, from, weight_sums);
+      if (modes.amsgrad) {
+        at.store(max_denom, from, max_denoms);
+      }
+    }
+    at.store(param, 0, params);
+  }
+}
+
+// What a tensor's elements share. The gradient's factor and the step count are read here, on the device, so that no
+// host waits for them and a captured graph sees their values of the day.
+template <typename T>
+__device__ Coefficients<T> read_coefficients(const StepLaunch<T>& launch, const StepGroup<T>& group, int64_t step) {
+  const T scale = launch.grad_scale != nullptr ? *launch.grad_scale : T(1);
+  const T norm = launch.grad_norm != nullptr ? *launch.grad_norm : T(0);
+  const T max_norm = launch.grad_norm != nullptr ? launch.max_grad_norm : T(-1);
+  Hyperparameters<T> hyper = group.hyper;
+  if (group.lr != nullptr) {
+    hyper.lr = *group.lr;
+  }
+  return make_coefficients(hyper, step, grad_factor(scale, norm, max_norm, group.maximize));
+}
+
+// The last block to get here advances the step counts, when no other will read them any more.
+template <typename T>
+__device__ void advance_steps(const StepLaunch<T>& launch) {
+  __shared__ bool is_last;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(launch.ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!is_last) {
+    return;
+  }
+  for (int tensor = threadIdx.x; tensor < launch.tensors; tensor += kStepThreads) {
+    if (launch.grads[tensor] != nullptr) {
+      ++*in_global_memory(launch.rows[tensor].step);
+    }
+  }
+  if (threadIdx.x == 0) {
+    *launch.ticket = 0;
+  }
+}
+
+template <Algorithm kAlgorithm, typename T, typename Param, typename Grad>
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, Param, Grad>)
+    step_kernel(const __grid_constant__ StepLaunch<T> launch) {
+  // 1. Gradients that overflowed: neither parameters, nor state, nor step counts move. Devices add up their flags.
+  if (launch.found_inf != nullptr && *launch.found_inf != T(0)) {
+    return;
+  }
+  // 2. The blocks share out the chunks.
+  __shared__ Coefficients<T> shared;
+  for (int64_t chunk = blockIdx.x; chunk < launch.chunks; chunk += gridDim.x) {
+    const int tensor = launch.chunk_rows[chunk];
+    const Grad* grad = static_cast<const Grad*>(launch.grads[tensor]);
+    if (grad == nullptr) {
+      continue;
+    }
+    const StepRow row = launch.rows[tensor];
+    const StepGroup<T>& group = launch.groups[row.group];
+    __syncthreads();  // the last chunk's coefficients are no longer read
+    if (threadIdx.x == 0) {
+      shared = read_coefficients(launch, group, *in_global_memory(row.step) + 1);
+    }
+    __syncthreads();
+    const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr};
+    step_chunk<kAlgorithm, T, Param, Grad>(row, grad, chunk - row.first_chunk, shared,
+                                           modes);  // read there, not copied: registers are scarce
+  }
+  // 3. Count the step.
+  advance_steps(launch);
+}
+
+// The kernel of a parameter's dtype: each line fixes one thing more.
+template <typename T, typename Param, typename Grad>
+const void* select_algorithm(Algorithm algorithm) {
+  return algorithm == Algorithm::kMAdam
+             ? reinterpret_cast<const void*>(&step_kernel<Algorithm::kMAdam, T, Param, Grad>)
+             : reinterpret_cast<const void*>(&step_kernel<Algorithm::kLaMAdam, T, Param, Grad>);
+}
+template <typename Param>
+const void* select_grad(DType grad, Algorithm algorithm) {
+  switch (grad) {
+    case DType::kFloat:
+      return select_algorithm<float, Param, float>(algorithm);
+    case DType::kHalf:
+      return select_algorithm<float, Param, Half>(algorithm);
+    case DType::kBFloat16:
+      return select_algorithm<float, Param, BFloat16>(algorithm);
+    case DType::kDouble:
+      break;
+  }
+  return nullptr;
+}
+
+}  // namespace maxva::cuda

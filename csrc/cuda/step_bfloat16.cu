@@ -1,0 +1,11 @@
+// The step kernels of bfloat16 parameters.
+#include "cuda/kernels.h"
+#include "cuda/step.cuh"
+
+namespace maxva::cuda {
+
+const void* step_kernel_bfloat16(DType grad, Algorithm algorithm) {
+  return select_grad<BFloat16>(grad, algorithm);
+}
+
+}  // namespace maxva::cuda

@@ -1,0 +1,11 @@
+// The step kernels of float64 parameters, the only ones with float64 arithmetic.
+#include "cuda/kernels.h"
+#include "cuda/step.cuh"
+
+namespace maxva::cuda {
+
+const void* step_kernel_double(DType grad, Algorithm algorithm) {
+  return grad == DType::kDouble ? select_algorithm<double, double, double>(algorithm) : nullptr;
+}
+
+}  // namespace maxva::cuda

@@ -1,0 +1,11 @@
+// The step kernels of float32 parameters.
+#include "cuda/kernels.h"
+#include "cuda/step.cuh"
+
+namespace maxva::cuda {
+
+const void* step_kernel_float(DType grad, Algorithm algorithm) {
+  return select_grad<float>(grad, algorithm);
+}
+
+}  // namespace maxva::cuda

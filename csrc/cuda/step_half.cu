@@ -1,0 +1,11 @@
+// The step kernels of float16 parameters.
+#include "cuda/kernels.h"
+#include "cuda/step.cuh"
+
+namespace maxva::cuda {
+
+const void* step_kernel_half(DType grad, Algorithm algorithm) {
+  return select_grad<Half>(grad, algorithm);
+}
+
+}  // namespace maxva::cuda

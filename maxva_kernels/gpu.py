@@ -1,0 +1,276 @@
+"""The host's part of a step on a GPU, for every backend that has one: tables looked up, launches composed.
+
+Nothing here waits for the device. What a launch is given besides the table goes with it, as its arguments: the
+gradients' addresses, the groups' hyperparameters, and addresses of the scalars that the device reads.
+"""
+
+from __future__ import annotations
+
+import operator
+import struct
+from array import array
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from . import checks, layouts
+from .groups import Group, Hyperparameters, Scaling, joined, state_dtype, with_gradients
+from .tensor_table import (
+    NormTable,
+    StepTable,
+    TableCache,
+    dtype_of,
+    layout_of,
+    make_norm_table,
+    make_step_table,
+    shape_of,
+    step_key,
+)
+
+# The numbers of csrc/dtype.h.
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+# csrc/cuda/arguments.h (PackedGroup): lr and its address, six coefficients, three modes.
+_PACKED_GROUP = struct.Struct("=dQ6d3q")
+
+# What stands for the address of a gradient without elements, which has none: not 0, which would mean no gradient.
+_NO_ELEMENTS = 1
+
+
+class Launcher(Protocol):
+    """The compiled side of a backend, as csrc/cuda/module.cpp has it. Addresses are of device memory."""
+
+    MAX_TENSORS: int
+    MAX_GROUPS: int
+    STEP_CHUNK: int
+    NORM_CHUNK: int
+
+    def step(
+        self,
+        device: int,
+        stream: int,
+        param_dtype: int,
+        grad_dtype: int,
+        laprop: bool,
+        rows: int,
+        chunk_rows: int,
+        chunks: int,
+        ticket: int,
+        groups: bytes,
+        grads: bytes,
+        grad_scale: int,
+        found_inf: int,
+        grad_norm: int,
+        max_grad_norm: float,
+        /,
+    ) -> None: ...
+
+    def norm_chunks(
+        self,
+        device: int,
+        stream: int,
+        grad_dtype: int,
+        double: bool,
+        rows: int,
+        chunk_rows: int,
+        chunks: int,
+        grads: bytes,
+        sums: int,
+        /,
+    ) -> None: ...
+
+    def norm_total(self, device: int, stream: int, double: bool, sums: int, chunks: int, norm: int, /) -> None: ...
+
+
+step_tables: TableCache[StepTable] = TableCache()
+norm_tables: TableCache[NormTable] = TableCache()
+
+
+def current_stream(device: torch.device) -> int:
+    """The stream that PyTorch launches on, as a number."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def is_capturing() -> bool:
+    """Whether launches go into a CUDA graph at present."""
+    return torch.cuda.is_current_stream_capturing()
+
+
+def step(launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
+    """One step in place, by one launch for each combination of dtypes; where a gradient is None nothing changes.
+
+    Raises:
+        RuntimeError: a tensor does not fit; nothing has been changed.
+    """
+    params = joined(groups, "params")
+    checks.check_scaling(scaling)
+    device = params[0].device
+
+    def check() -> None:
+        checks.check_groups(with_gradients(groups))
+
+    def make() -> StepTable:
+        check()
+        return make_step_table(groups, launcher.STEP_CHUNK, launcher.MAX_TENSORS, launcher.MAX_GROUPS)
+
+    try:
+        key = step_key(groups)
+    except RuntimeError:
+        check()  # which names the tensor
+        raise
+    table = step_tables.find(key, make, is_capturing())
+    grads = _fitting(joined(groups, "grads"), params, table, check)
+    stream = current_stream(device)
+    _copy_stand_ins(groups, table, back=False)
+    for param_dtype, segment, members in table.segments:
+        dtype = torch.float64 if param_dtype == torch.float64 else torch.float32
+        its_grads = [grads[i] for i in segment.tensors]
+        scalars = [_as(scalar, dtype) for scalar in (scaling.grad_scale, scaling.found_inf, scaling.grad_norm)]
+        if scaling.max_grad_norm is None:
+            scalars[2] = None
+        grad_scale, found_inf, grad_norm = (0 if scalar is None else scalar.data_ptr() for scalar in scalars)
+        packed, rates = _pack([groups[g].hyper for g in members], dtype, device)
+        for grad_dtype in dict.fromkeys(grad.dtype for grad in its_grads if grad is not None):
+            launcher.step(
+                device.index or 0,
+                stream,
+                DTYPE_CODES[param_dtype],
+                DTYPE_CODES[grad_dtype],
+                laprop,
+                segment.rows,
+                segment.chunk_rows,
+                segment.chunks,
+                segment.ticket,
+                packed,
+                _addresses(its_grads, grad_dtype),
+                grad_scale,
+                found_inf,
+                grad_norm,
+                -1.0 if scaling.max_grad_norm is None else scaling.max_grad_norm,
+            )
+        del rates  # its memory was in use until the launch
+    _copy_stand_ins(groups, table, back=True)
+    # The kernel writes behind autograd's back: a parameter saved for a backward pass must be known to have changed.
+    torch.autograd.graph.increment_version(
+        [param for param, grad in zip(params, grads, strict=True) if grad is not None]
+    )
+
+
+def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:
+    """The global norm, a scalar on the gradients' device: float64 if any gradient is, else float32."""
+    for i, grad in enumerate(grads):
+        if grad.layout is not torch.strided or grad.dtype not in DTYPE_CODES or grad.device != grads[0].device:
+            checks.check_grads(grads)
+            raise RuntimeError(f"maxva: {checks.describe(grad, 'grads', i)} is on another device than grads[0]")
+    if not grads:
+        checks.check_grads(grads)
+    grads = [layouts.dense(grad.resolve_neg() if grad.is_neg() else grad) for grad in grads]
+    device = grads[0].device
+    key = (device, tuple([(grad.numel(), grad.dtype) for grad in grads]))
+    table = norm_tables.find(
+        key, lambda: make_norm_table(grads, launcher.NORM_CHUNK, launcher.MAX_TENSORS), is_capturing()
+    )
+    double = any(grad.dtype == torch.float64 for grad in grads)
+    sums = torch.empty((table.chunks, 3), dtype=torch.float64 if double else torch.float32, device=device)
+    norm = torch.empty((), dtype=sums.dtype, device=device)
+    stream = current_stream(device)
+    for dtype, segment in table.segments:
+        addresses = _addresses([grads[i] for i in segment.tensors], dtype)
+        launcher.norm_chunks(
+            device.index or 0,
+            stream,
+            DTYPE_CODES[dtype],
+            double,
+            segment.rows,
+            segment.chunk_rows,
+            segment.chunks,
+            addresses,
+            sums.data_ptr(),
+        )
+    launcher.norm_total(device.index or 0, stream, double, sums.data_ptr(), table.chunks, norm.data_ptr())
+    return norm
+
+
+def _fitting(
+    grads: list[Tensor | None], params: list[Tensor], table: StepTable, check: Callable[[], None]
+) -> list[Tensor | None]:
+    """The gradients as the kernels take them: copied where they lie in another order than their parameter, or where one
+    is float64 and the other not. Raises by `check` if any cannot be taken."""
+    present = [i for i, grad in enumerate(grads) if grad is not None]
+    given: list[Any] = grads
+    shapes, strides = table.shapes, table.strides
+    if len(present) != len(grads):
+        given = [grads[i] for i in present]
+        shapes, strides = [shapes[i] for i in present], [strides[i] for i in present]
+    dtypes = set(map(dtype_of, given))
+    if (
+        set(map(layout_of, given)) != {torch.strided}
+        or not all(map(operator.eq, map(shape_of, given), shapes))
+        or not dtypes <= DTYPE_CODES.keys()
+        or set(map(Tensor.get_device, given)) != {params[0].get_device()}
+    ):
+        check()
+    if table.contiguous:
+        same_order = all(map(Tensor.is_contiguous, given))
+    else:
+        same_order = all(map(operator.eq, map(Tensor.stride, given), strides))
+    if same_order and torch.float64 not in dtypes and not table.has_double and not any(map(Tensor.is_neg, given)):
+        return grads
+    fitting = list(grads)
+    for i, grad, wanted in zip(present, given, strides, strict=True):
+        if (grad.dtype == torch.float64) != (params[i].dtype == torch.float64):
+            grad = grad.to(state_dtype(params[i]))
+        if not layouts.same_order(grad, wanted):
+            grad = layouts.empty_with(wanted, grad).copy_(grad)
+        fitting[i] = grad.resolve_neg()  # a view that is yet to be negated cannot be read as it is
+    return fitting
+
+
+def _addresses(grads: Sequence[Tensor | None], dtype: torch.dtype) -> bytes:
+    """The addresses of the gradients of that dtype; 0 for the others, which the launch leaves alone."""
+    return array(
+        "Q", [grad.data_ptr() or _NO_ELEMENTS if grad is not None and grad.dtype == dtype else 0 for grad in grads]
+    ).tobytes()
+
+
+def _as(scalar: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if scalar is None else scalar.to(dtype)
+
+
+def _pack(hypers: Sequence[Hyperparameters], dtype: torch.dtype, device: torch.device) -> tuple[bytes, list[Tensor]]:
+    """The groups' hyperparameters as bytes, and the learning rates whose addresses stand in them."""
+    packed, rates = [], []
+    for hyper in hypers:
+        lr, address = hyper.lr, 0
+        if isinstance(lr, Tensor):
+            if lr.device == device:  # read there, when the kernel runs: a captured graph sees what it is then
+                rates.append(lr.to(dtype))
+                lr, address = 0.0, rates[-1].data_ptr()
+            else:
+                lr = lr.item()
+        packed.append(
+            _PACKED_GROUP.pack(
+                lr,
+                address,
+                hyper.beta1,
+                *hyper.beta2_range,
+                hyper.first_beta2,
+                hyper.eps,
+                hyper.weight_decay,
+                hyper.decoupled_weight_decay,
+                hyper.maximize,
+                hyper.eps_mode == "adam",
+            )
+        )
+    return b"".join(packed), rates
+
+
+def _copy_stand_ins(groups: Sequence[Group], table: StepTable, *, back: bool) -> None:
+    for name, index, stand_in in table.stand_ins:
+        original = joined(groups, name)[index]
+        if back:
+            original.copy_(stand_in)
+        else:
+            stand_in.copy_(original)

@@ -1,0 +1,212 @@
+"""What stays between the steps of a GPU, in its memory: where parameters and state lie, and how the work is cut.
+
+A table is made once for a set of tensors and found again by what it holds: the addresses themselves, with shapes,
+sizes and dtypes, are the key of a cache. So nothing needs to announce a change: a parameter whose storage was
+swapped, a loaded checkpoint, `.to()`, an added group all look up another key and have a table made. Gradients are not
+in it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import layouts
+from .groups import Group, joined
+
+shape_of, dtype_of, layout_of = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
+
+STATE_LISTS = ("exp_avgs", "grad_means", "grad_vars", "weight_sums")
+
+# The columns of a step's table, as csrc/cuda/launch.h (StepRow) and the Triton kernels read them.
+STEP_COLUMNS = (
+    *("param", "exp_avg", "grad_mean", "grad_var", "weight_sum", "max_denom", "step"),  # addresses
+    *("numel", "group", "first_chunk"),
+)
+# And of the norm's (NormRow).
+NORM_COLUMNS = ("numel", "first_chunk", "first_sum")
+
+
+@dataclass
+class Segment:
+    """What one launch walks: consecutive tensors, their rows and chunks in one piece of device memory."""
+
+    tensors: list[int]  # their indices in the lists that the table was made of
+    chunks: int
+    memory: Tensor  # int64: the rows, the ticket, then int32 pairs: each chunk's row
+
+    def __init__(self, tensors: list[int], rows: list[list[int]], chunk_counts: list[int], device: torch.device):
+        self.tensors = tensors
+        self.chunks = sum(chunk_counts)
+        chunk_rows = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(chunk_counts))
+        chunk_rows = torch.nn.functional.pad(chunk_rows, (0, self.chunks % 2)).view(torch.int64)
+        ticket = torch.zeros(1, dtype=torch.int64)
+        # The copy is ordered before the launches on this stream, and so before all that the user orders after them.
+        memory = torch.cat([torch.tensor(rows, dtype=torch.int64).flatten(), ticket, chunk_rows])
+        self.memory = memory.to(device, non_blocking=True)
+        self.rows = self.memory.data_ptr()
+        self.ticket = self.rows + 8 * len(rows) * len(rows[0])
+        self.chunk_rows = self.ticket + 8
+
+
+@dataclass
+class StepTable:
+    """The tables of one step: for each parameter dtype as many segments as it takes launches."""
+
+    segments: list[tuple[torch.dtype, Segment, range]] = field(default_factory=list)  # and which groups it has
+    shapes: list[torch.Size] = field(default_factory=list)  # of each parameter
+    strides: list[tuple[int, ...]] = field(default_factory=list)  # in which its operands must lie
+    contiguous: bool = True  # whether these are the usual ones
+    has_double: bool = False  # a parameter is float64
+    # Operands that lie otherwise: the list, the index in it, and memory that the kernel works on in their place.
+    stand_ins: list[tuple[str, int, Tensor]] = field(default_factory=list)
+
+
+def step_key(groups: Sequence[Group]) -> tuple[object, ...]:
+    """What a `StepTable` depends on.
+
+    Each step asks for it, so it is a few passes over each list without Python's loops, and nearly all numbers: tuples
+    of strides by the thousand would have the garbage collector run in each step.
+
+    Raises:
+        RuntimeError: a tensor has no address; it is sparse.
+    """
+    params = joined(groups, "params")
+    operands = [t for name in ("params", *STATE_LISTS, "max_denoms") for t in joined(groups, name)]
+    contiguous = all(map(Tensor.is_contiguous, operands))
+    return (
+        params[0].device,
+        *((len(group.tensors.params), group.hyper.amsgrad) for group in groups),
+        *map(Tensor.data_ptr, operands),
+        *map(Tensor.data_ptr, joined(groups, "steps")),
+        *map(Tensor.numel, operands),
+        *map(dtype_of, params),
+        *(() if contiguous else map(Tensor.stride, operands)),
+    )
+
+
+def make_step_table(groups: Sequence[Group], chunk: int, max_tensors: int, max_groups: int) -> StepTable:
+    """A table for checked groups, cut in chunks of that many elements and segments that fit a launch."""
+    table = StepTable()
+    params = joined(groups, "params")
+    lists = {name: joined(groups, name) for name in ("params", *STATE_LISTS, "max_denoms", "steps")}
+    group_of = [g for g, group in enumerate(groups) for _ in group.tensors.params]
+    with_max = [i for i, g in enumerate(group_of) if groups[g].hyper.amsgrad]
+    max_index = {i: j for j, i in enumerate(with_max)}
+
+    def address(name: str, index: int, strides: Sequence[int]) -> int:
+        tensor = lists[name][index]
+        if tensor.numel() == 0 or layouts.same_order(tensor, strides):
+            return tensor.data_ptr()
+        stand_in = layouts.empty_with(strides, tensor)
+        table.stand_ins.append((name, index, stand_in))
+        return stand_in.data_ptr()
+
+    rows = []
+    for i, param in enumerate(params):
+        strides = param.stride() if layouts.is_dense(param) else tuple(layouts.dense_strides(param))
+        table.shapes.append(param.shape)
+        table.strides.append(strides)
+        table.contiguous = table.contiguous and param.is_contiguous()
+        table.has_double = table.has_double or param.dtype == torch.float64
+        rows.append(
+            [address(name, i, strides) for name in ("params", *STATE_LISTS)]
+            + [address("max_denoms", max_index[i], strides) if i in max_index else 0]
+            + [lists["steps"][i].data_ptr(), param.numel(), group_of[i], 0]
+        )
+
+    for dtype in dict.fromkeys(param.dtype for param in params):
+        of_dtype = [i for i, param in enumerate(params) if param.dtype == dtype]
+        while of_dtype:
+            first_group = group_of[of_dtype[0]]
+            taken = [i for i in of_dtype[:max_tensors] if group_of[i] < first_group + max_groups]
+            of_dtype = of_dtype[len(taken) :]
+            counts = [-(-params[i].numel() // chunk) for i in taken]
+            first = 0
+            for i, count in zip(taken, counts, strict=True):
+                rows[i][STEP_COLUMNS.index("group")] -= first_group
+                rows[i][STEP_COLUMNS.index("first_chunk")] = first
+                first += count
+            segment = Segment(taken, [rows[i] for i in taken], counts, params[0].device)
+            table.segments.append((dtype, segment, range(first_group, group_of[taken[-1]] + 1)))
+    return table
+
+
+@dataclass
+class NormTable:
+    """The tables of one norm: for each dtype of gradients as many segments as it takes launches."""
+
+    segments: list[tuple[torch.dtype, Segment]] = field(default_factory=list)
+    chunks: int = 0
+
+
+def make_norm_table(grads: Sequence[Tensor], chunk: int, max_tensors: int) -> NormTable:
+    """A table for checked gradients. It holds no addresses, only sizes: gradients of the same sizes can share it."""
+    table = NormTable()
+    counts = [-(-grad.numel() // chunk) for grad in grads]
+    first_sums = []
+    for count in counts:
+        first_sums.append(table.chunks)
+        table.chunks += count
+    for dtype in dict.fromkeys(grad.dtype for grad in grads):
+        of_dtype = [i for i, grad in enumerate(grads) if grad.dtype == dtype and counts[i] > 0]
+        for start in range(0, len(of_dtype), max_tensors):
+            taken, rows, first = of_dtype[start : start + max_tensors], [], 0
+            for i in taken:
+                rows.append([grads[i].numel(), first, first_sums[i]])
+                first += counts[i]
+            segment = Segment(taken, rows, [counts[i] for i in taken], grads[0].device)
+            table.segments.append((dtype, segment))
+    return table
+
+
+Table = TypeVar("Table", StepTable, NormTable)
+
+
+class TableCache(Generic[Table]):
+    """Tables by key, the least recently used dropped first.
+
+    Optimizers that step inside the backward pass have a table for each parameter, so there is room for many: more than
+    a device has launches waiting, none of which can need a table that is dropped. Those that a captured graph reads
+    must outlive it and are kept.
+    """
+
+    def __init__(self, room: int = 4096):
+        self._room = room
+        self._tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
+        self._latest: tuple[tuple[object, ...], Table] | None = None
+        self._kept: dict[int, Table] = {}
+        self.made = 0  # how many tables, ever
+
+    def find(self, key: tuple[object, ...], make: Callable[[], Table], capturing: bool) -> Table:
+        """The table of that key.
+
+        Raises:
+            RuntimeError: it is not there and cannot be made, because a CUDA graph is being captured.
+        """
+        if self._latest is not None and self._latest[0] == key:  # nearly always, and without a hash
+            table = self._latest[1]
+        elif key in self._tables:
+            table = self._tables[key]
+            self._tables.move_to_end(key)
+        else:
+            if capturing:
+                raise RuntimeError(
+                    "maxva: the tensors of this step are new, and their table cannot be sent to the device while a "
+                    "CUDA graph is captured; run some steps on a side stream before the capture, as PyTorch's notes "
+                    "on CUDA graphs show"
+                )
+            table = self._tables[key] = make()
+            self.made += 1
+            if len(self._tables) > self._room:
+                self._tables.popitem(last=False)
+        self._latest = (key, table)
+        if capturing:
+            self._kept[id(table)] = table
+        return table

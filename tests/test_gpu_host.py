@@ -1,0 +1,313 @@
+"""The host's part of a step on a GPU: when its table is made anew, and what a launch is given.
+
+On the simulator the tensors' memory is the device's, so all of it runs as on a GPU: only the launch itself is another.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+from cases import ALGORITHMS, BASE, OPTIONS, assert_same_bits, make_params, run, set_grads, states
+from simulated_cuda import needs_compilers, simulated  # noqa: F401 - a fixture
+from torch.nn import Parameter
+
+from maxva_kernels import MAdam, gpu, gpu_ops
+from maxva_kernels.groups import Group, Hyperparameters, Scaling, TensorLists
+
+pytestmark = needs_compilers
+
+SHAPES = ((3, 5), 70, (2, 2, 2, 2))
+
+
+@pytest.fixture(autouse=True)
+def launcher(simulated):  # noqa: F811
+    return simulated
+
+
+class Pair:
+    """The same run by the simulated GPU and by the CPU kernels, which must agree after every step."""
+
+    def __init__(self, **options):
+        options = {**BASE, **options}
+        self.ours = MAdam(make_params(SHAPES), backend="cuda", **options)
+        self.theirs = MAdam(make_params(SHAPES), backend="cpu", **options)
+        self.count = 0
+
+    def both(self, change):
+        for optimizer in (self.ours, self.theirs):
+            change(optimizer)
+
+    def step(self, without=()):
+        """Steps, parameters whose index is in `without` having no gradient; gives how many tables that took."""
+        made = gpu.step_tables.made
+        for optimizer in (self.ours, self.theirs):
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            set_grads(params, self.count)
+            for i in without:
+                params[i].grad = None
+            optimizer.step()
+        self.count += 1
+        assert_same_bits(self.ours, self.theirs)
+        return gpu.step_tables.made - made
+
+
+@pytest.fixture
+def pair():
+    pair = Pair()
+    assert pair.step() == 1
+    return pair
+
+
+def params_of(optimizer):
+    return optimizer.param_groups[0]["params"]
+
+
+def test_one_table_for_a_run(pair, launcher):
+    """Guards against a table per step, though gradients are allocated anew for each."""
+    assert [pair.step() for _ in range(3)] == [0, 0, 0]
+    assert len(launcher.launches) == 4
+
+
+def test_gradients_come_and_go(pair):
+    """Guards against a table that holds which parameters have gradients, and against steps of those that have none."""
+    assert [pair.step(without) for without in ([0], [1, 2], [], [2])] == [0, 0, 0, 0]
+    assert [state["step"].item() for state in pair.ours.state.values()] == [4, 4, 3]
+
+
+def test_no_gradient_at_all(pair, launcher):
+    """Guards against a launch, or a norm, of nothing."""
+    launches = len(launcher.launches)
+    pair.both(lambda optimizer: optimizer.zero_grad())
+    pair.ours.max_grad_norm = 1.0
+    pair.ours.step()
+    assert len(launcher.launches) == launches
+
+
+def test_parameter_that_joins_late():
+    """Guards against a table that misses a parameter whose first gradient comes later; one new table, then none."""
+    pair = Pair()
+    assert [pair.step([1]), pair.step([1]), pair.step(), pair.step(), pair.step([1])] == [1, 0, 1, 0, 0]
+
+
+def swap_storage(optimizer):
+    param = params_of(optimizer)[1]
+    param.data = param.data.clone()
+
+
+def swap_state(optimizer):
+    state = optimizer.state[params_of(optimizer)[2]]
+    state["grad_var"] = state["grad_var"].clone()
+
+
+def swap_step(optimizer):
+    state = optimizer.state[params_of(optimizer)[2]]
+    state["step"] = state["step"].clone()
+
+
+def channels_last(optimizer):
+    param = params_of(optimizer)[2]
+    param.data = param.data.to(memory_format=torch.channels_last)
+
+
+def reload(optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def to_bfloat16(optimizer):
+    param = params_of(optimizer)[0]
+    param.data = param.data.to(torch.bfloat16)
+
+
+def add_group(optimizer):
+    optimizer.add_param_group({"params": make_params((9,), seed=3), "lr": 0.3})
+
+
+def amsgrad(optimizer):
+    optimizer.param_groups[0]["amsgrad"] = True
+
+
+def view_of_the_same_memory(optimizer):
+    """The address stays, the size does not."""
+    param = params_of(optimizer)[1]
+    param.data = param.data[:33]
+    state = optimizer.state[param]
+    for name, value in state.items():
+        state[name] = value[:33] if value.dim() else value
+
+
+def transposed_in_place(optimizer):
+    """Address, size and dtype stay; the order of the elements does not."""
+    param = params_of(optimizer)[0]
+    param.data = param.data.t()
+    state = optimizer.state[param]
+    for name, value in state.items():
+        state[name] = value.t() if value.dim() else value
+
+
+CHANGES = [swap_storage, swap_state, swap_step, channels_last, reload, to_bfloat16, add_group, amsgrad]
+CHANGES += [view_of_the_same_memory, transposed_in_place]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_the_table_holds_changes(pair, change):
+    """Guards against a step on memory that is no longer the parameter's or the state's: one new table, then none."""
+    pair.both(change)
+    assert [pair.step(), pair.step()] == [1, 0]
+
+
+def test_changes_that_need_no_table(pair):
+    """Guards against tables made for what travels with the launch."""
+
+    def change(optimizer):
+        optimizer.param_groups[0].update(lr=0.5, beta1=0.2, weight_decay=0.3, maximize=True, eps_mode="adam")
+        optimizer.max_grad_norm = 2.0
+
+    pair.both(change)
+    assert pair.step() == 0
+
+
+def test_optimizers_take_turns():
+    """Guards against one optimizer's table driving out another's, as with two networks trained in turns."""
+    pairs = [Pair(), Pair()]
+    assert [pair.step() for pair in pairs * 3] == [1, 1, 0, 0, 0, 0]
+
+
+def test_room_is_limited(monkeypatch):
+    """Guards against tables kept for ever, and against a table that is gone and not made again."""
+    monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)(room=2))
+    pairs = [Pair(), Pair(), Pair()]
+    assert [pair.step() for pair in pairs + pairs] == [1] * 6
+    assert [pairs[2].step(), pairs[1].step(), pairs[2].step(), pairs[0].step(), pairs[2].step()] == [0, 0, 0, 1, 0]
+
+
+def test_table_holds_no_tensors(pair):
+    """Guards against a cache that keeps a dead model's memory."""
+    import weakref
+
+    watched = [weakref.ref(param) for param in params_of(pair.ours)]
+    watched += [weakref.ref(value) for state in pair.ours.state.values() for value in state.values()]
+    pair.ours = None
+    gc.collect()
+    assert not any(reference() for reference in watched)
+
+
+def test_norm_tables_depend_on_sizes_only():
+    """Guards against a table of the norm for each set of gradients."""
+    grads = [torch.randn(n) for n in (70, 40_000, 3)]
+    first = gpu.norm_tables.made
+    optimizer = MAdam([Parameter(torch.randn(n)) for n in (70, 40_000, 3)], backend="cuda", max_grad_norm=1.0)
+    run(optimizer, last=3)
+    assert gpu.norm_tables.made == first + 1
+    from maxva_kernels import functional
+
+    assert torch.equal(functional.grad_norm(grads, backend="cuda"), functional.grad_norm(grads, backend="cpu"))
+    assert gpu.norm_tables.made == first + 1
+
+
+def test_launches(launcher):
+    """Guards against a launch for each tensor or group: one for the step, two for the norm, whatever the modes."""
+    params = make_params(range(1, 30))
+    groups = [{"params": params[i::3], **extra} for i, extra in enumerate(({}, {"amsgrad": True}, OPTIONS["l2"]))]
+    optimizer = MAdam(groups, **BASE, backend="cuda", max_grad_norm=1.0)
+    run(optimizer, last=1)
+    assert [launch.kernel.split("<")[0] for launch in launcher.launches] == [
+        "norm_chunks_kernel",
+        "norm_total_kernel",
+        "step_kernel",
+    ]
+
+
+# --- CUDA graphs: what can be tested without one --------------------------------------------------------------------
+
+
+def test_new_tensors_in_a_capture_are_refused(pair, monkeypatch):
+    """Guards against a copy from host memory captured in a graph, which would read it at every replay."""
+    before = {name: value.clone() for name, value in states(pair.ours)}
+    swap_storage(pair.ours)
+    monkeypatch.setattr(gpu, "is_capturing", lambda: True)
+    set_grads(params_of(pair.ours), 9)
+    with pytest.raises(RuntimeError, match="side stream before the capture"):
+        pair.ours.step()
+    assert all(torch.equal(before[name], value) for name, value in states(pair.ours))
+
+
+def test_captured_tables_are_kept(pair, monkeypatch):
+    """Guards against a table dropped while a graph still reads it."""
+    cache = gpu.step_tables
+    monkeypatch.setattr(gpu, "is_capturing", lambda: True)
+    pair.step()
+    ((_, table),) = cache._tables.items()
+    monkeypatch.setattr(gpu, "is_capturing", lambda: False)
+    for i in range(3):
+        cache._room = 1
+        cache.find((i,), object, False)
+    assert table not in cache._tables.values()
+    assert table in cache._kept.values()
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_capturable_gives_the_same_bits(algorithm, dtype):
+    """Guards against a learning rate on the device that is rounded otherwise, or not followed by its schedule."""
+    runs = []
+    for capturable in (False, True):
+        params = make_params(SHAPES, dtype=dtype)
+        optimizer = algorithm(params, **BASE, capturable=capturable, backend="cuda")
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+        rate = optimizer.param_groups[0]["lr"]
+        for step in range(4):
+            set_grads(params, step)
+            optimizer.step()
+            schedule.step()
+        if capturable:
+            assert optimizer.param_groups[0]["lr"] is rate, "a graph reads it where it was"
+        runs.append(optimizer)
+    assert_same_bits(*runs)
+
+
+def test_capturable_and_checkpoints():
+    """Guards against a learning rate that a checkpoint leaves as a float where a graph reads a tensor, or the reverse."""
+    plain = run(MAdam(make_params(SHAPES), **BASE, backend="cuda"))
+    capturable = run(MAdam(make_params(SHAPES), **BASE, capturable=True, backend="cuda"))
+    saved = copy.deepcopy(plain.state_dict()), copy.deepcopy(capturable.state_dict())
+    plain.load_state_dict(saved[1])
+    capturable.load_state_dict(saved[0])
+    assert isinstance(capturable.param_groups[0]["lr"], torch.Tensor)
+    run(plain, 4, 6)
+    run(capturable, 4, 6)
+    assert_same_bits(plain, capturable)
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+def test_operator_on_gpu_tensors(launcher):
+    """Guards against groups, maxima or modes mixed up where the operator's lists are divided again."""
+    from test_ops import step_arguments
+
+    results = []
+    for call in (gpu_ops.step_, torch.ops.maxva.step_.default):
+        lists, options = step_arguments(amsgrad=True)
+        call(*lists, **options)
+        results.append([tensor for tensors in lists for tensor in tensors])
+    assert len(launcher.launches) == 1
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    grads = [torch.randn(30), torch.randn(4, 4)]
+    assert torch.equal(gpu_ops.grad_norm(grads), torch.ops.maxva.grad_norm.default(grads))
+
+
+def test_gradients_on_another_device():
+    """Guards against an address of other memory given to a kernel."""
+    params = [torch.zeros(3) for _ in range(2)]
+    zeros = [[torch.zeros(3) for _ in range(2)] for _ in range(4)]
+    lists = TensorLists(params, [torch.ones(3), torch.ones(3, device="meta")], *zeros)
+    lists.steps = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
+    group = Group(Hyperparameters(lr=0.1, beta1=0.9, beta2_range=(0.5, 0.9), eps=1e-8, weight_decay=0.0), lists)
+    from maxva_kernels.backends import cuda
+
+    with pytest.raises(RuntimeError, match=r"grads\[1\] .*meta.* must be on the device"):
+        cuda.step([group], False, Scaling())
+    assert all((tensor == 0).all() for tensor in [*params, *lists.steps])
