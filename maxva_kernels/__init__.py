@@ -6,7 +6,8 @@ A step goes optim (groups, state, checkpoints) > functional > backends > the ker
 says which backends were built and which can run.
 """
 
-from . import functional, gpu_ops  # gpu_ops only registers
+from . import functional
+from . import gpu_ops as _gpu_ops  # only registers  # noqa: F401
 from .optim import LaMAdam, MAdam
 
 __all__ = ["LaMAdam", "MAdam", "functional"]

@@ -269,7 +269,7 @@ def test_capturable_gives_the_same_bits(algorithm, dtype):
 
 
 def test_capturable_and_checkpoints():
-    """Guards against a learning rate that a checkpoint leaves as a float where a graph reads a tensor, or the reverse."""
+    """Guards against a learning rate left as a float by a checkpoint where a graph reads a tensor, or the reverse."""
     plain = run(MAdam(make_params(SHAPES), **BASE, backend="cuda"))
     capturable = run(MAdam(make_params(SHAPES), **BASE, capturable=True, backend="cuda"))
     saved = copy.deepcopy(plain.state_dict()), copy.deepcopy(capturable.state_dict())

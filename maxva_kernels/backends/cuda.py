@@ -24,7 +24,7 @@ def why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"it drives CUDA tensors, and these are on {device}; move them, or let backend='auto' choose"
     if torch.version.hip is not None:
-        return "this torch drives AMD GPUs; use backend='triton'"
+        return "this torch drives AMD GPUs; use backend='reference'"
     if not torch.cuda.is_available():
         return "torch finds no CUDA GPU here"
     return _why_not_device(torch.cuda.current_device() if device.index is None else device.index)

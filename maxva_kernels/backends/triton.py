@@ -1,24 +1,57 @@
-"""The Triton kernels (triton_kernels): not written yet. The module keeps their place and says so."""
+"""The Triton kernels (triton_kernels)."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..groups import Group, Scaling
+from .. import _ops, gpu
+from ..groups import Group, Scaling, with_gradients
 
 NAME = "triton"
 
 
+@functools.cache
+def _import_error() -> str | None:
+    try:
+        from ..triton_kernels import launcher  # noqa: F401
+    except ImportError as error:
+        return str(error)
+    return None
+
+
 def why_not(device: torch.device) -> str | None:
-    return "its kernels are not built: this version has none; use backend='auto'"
+    if _import_error() is not None:
+        return f"Triton cannot be imported ({_import_error()}); install it with: pip install triton"
+    if device.type != "cuda":
+        return f"it drives GPU tensors, and these are on {device}; move them, or let backend='auto' choose"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here"
+    if torch.version.hip is not None:
+        return "its kernels were never tested on AMD GPUs; use backend='reference'"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return f"Triton does not support {torch.cuda.get_device_name(device)}; use backend='cuda'"
+    return None
+
+
+@functools.cache
+def _launcher() -> gpu.Launcher:
+    from ..triton_kernels.launcher import TritonLauncher
+
+    return TritonLauncher()
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
-    raise NotImplementedError(why_not(grads[0].device))
+    if torch.compiler.is_compiling():
+        return _ops.grad_norm(grads)
+    return gpu.grad_norm(_launcher(), grads)
 
 
 def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
-    raise NotImplementedError(why_not(groups[0].tensors.params[0].device))
+    if torch.compiler.is_compiling():
+        _ops.call_step(with_gradients(groups), laprop, scaling)
+    else:
+        gpu.step(_launcher(), groups, laprop, scaling)

@@ -42,8 +42,10 @@ threads of one warp, occupancy, speed. The threads of a `.sync` warp operation m
 the hardware lets them differ. Waves run one after another: blocks that wait for each other need a max_lanes that
 holds them all.
 
+`ptxsim.mutate` changes a kernel in one place at a time, to see whether a test notices.
+
 Not supported (raises Unsupported): indirect and recursive calls (others are inlined, and printf of the device prints
-nothing), textures and surfaces, mma and other matrix instructions, mbarrier, TMA and clusters, partial named
+nothing), textures and surfaces, matrix instructions but ldmatrix, mbarrier, TMA and clusters, partial named
 barriers, arithmetic that rounds otherwise than .rn, fp8. So is every modifier that the simulator does not know.
 """
 

@@ -25,9 +25,8 @@ def check_global(
     wave: Wave, address: np.ndarray, width: int, active: Lanes, kind: str, non_coherent: bool = False
 ) -> np.ndarray:
     """Check and count an access to global memory; returns offsets for HostMemory."""
-    parts = _owners(wave, address, width, active, kind)
-    for buffer, which in parts:
-        count = address.size if which is None else int(np.count_nonzero(which))
+    owner = _owner(wave, address, width, active, kind)
+    for buffer, count in _counts(wave, owner, address.size):
         wave.stats.add_buffer_bytes(buffer.name, kind, width * count)
     if int(np.bitwise_or.reduce(address)) & (width - 1):
         misaligned = (address & np.uint64(width - 1)) != 0
@@ -39,31 +38,39 @@ def check_global(
         wave.stats.sectors[kind] += np.unique(warp_and_sector, axis=1).shape[1] * max(1, width // 32)
     if launch.tracker is not None:
         kinds = {"ld": ["ld"], "st": ["st"], "atom": ["ld", "st"]}[kind] + (["nc"] if non_coherent else [])
-        for buffer, which in parts:
-            launch.tracker.add(buffer, kinds, address if which is None else address[which], width)
+        # Bring the addresses of each buffer together.
+        by_owner = address if isinstance(owner, Buffer) else address[np.argsort(owner, kind="stable")]
+        start = 0
+        for buffer, count in _counts(wave, owner, address.size):
+            launch.tracker.add(buffer, kinds, by_owner[start : start + count], width)
+            start += count
     return (address - _ORIGIN).view(np.int64)
 
 
-def _owners(
-    wave: Wave, address: np.ndarray, width: int, active: Lanes, kind: str
-) -> list[tuple[Buffer, np.ndarray | None]]:
-    """The buffers that an access falls into, each with a mask of the addresses in it (None for all of them)."""
+def _owner(wave: Wave, address: np.ndarray, width: int, active: Lanes, kind: str) -> Buffer | np.ndarray:
+    """The buffer that an access falls into; if there are several, the position of that of each address."""
     device, last_byte = wave.device, np.uint64(width - 1)
     buffer = device.find(int(address.min()), int(address.max()) + width - 1)
     if buffer is not None:
-        return [(buffer, None)]
+        return buffer
     # Neighbouring threads mostly access one buffer: look up the ranges of some together, and each only if that fails.
     first = np.arange(0, address.size, _TOGETHER)
     low, high = np.minimum.reduceat(address, first), np.maximum.reduceat(address, first)
-    owner, inside = device.find_each(low, high + last_byte)
+    position, inside = device.find_each(low, high + last_byte)
     if inside.all():
-        owner = np.repeat(owner, _TOGETHER)[: address.size]
-    else:
-        owner, inside = device.find_each(address, address + last_byte)
-        if not inside.all():
-            _fail_at(wave, ~inside, f"out-of-bounds {kind} of {width} bytes", address, active)
-    present = np.flatnonzero(np.bincount(owner))
-    return [(device.sorted_buffer(position), owner == position) for position in present]
+        return np.repeat(position, _TOGETHER)[: address.size]
+    position, inside = device.find_each(address, address + last_byte)
+    if not inside.all():
+        _fail_at(wave, ~inside, f"out-of-bounds {kind} of {width} bytes", address, active)
+    return position
+
+
+def _counts(wave: Wave, owner: Buffer | np.ndarray, accesses: int) -> list[tuple[Buffer, int]]:
+    """How many accesses fall into each buffer, in the order of their positions."""
+    if isinstance(owner, Buffer):
+        return [(owner, accesses)]
+    counts = np.bincount(owner)
+    return [(wave.device.sorted_buffer(i), int(counts[i])) for i in np.flatnonzero(counts).tolist()]
 
 
 def _fail_at(wave: Wave, bad: np.ndarray, what: str, address: np.ndarray, active: Lanes) -> None:

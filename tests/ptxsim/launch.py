@@ -27,7 +27,7 @@ Dimensions = tuple[int, int, int]
 class Options:
     """How to run a launch; `Module.launch` explains them."""
 
-    max_lanes: int = 1 << 15
+    max_lanes: int = 1 << 14
     track: bool = False
     racecheck: bool = False
     coalescing: bool = False

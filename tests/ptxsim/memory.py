@@ -39,7 +39,7 @@ class HostMemory:
     ORIGIN = 4096
 
     def __init__(self) -> None:
-        whole = (ctypes.c_uint8 * (GLOBAL_LIMIT - self.ORIGIN)).from_address(self.ORIGIN)
+        whole: Any = (ctypes.c_uint8 * (GLOBAL_LIMIT - self.ORIGIN)).from_address(self.ORIGIN)
         self._bytes = np.frombuffer(whole, np.uint8)
         self._by_width = {bits // 8: self._bytes.view(unsigned) for bits, unsigned in UNSIGNED.items()}
 

@@ -51,7 +51,7 @@ class Module:
         shared_bytes: int = 0,
         *,
         pad_args: bool = False,
-        max_lanes: int = 1 << 15,
+        max_lanes: int = 1 << 14,
         track: bool = False,
         racecheck: bool = False,
         coalescing: bool = False,
@@ -67,7 +67,7 @@ class Module:
                         of a struct (bytes, ctypes.Structure, numpy.void), or an array that is copied in and back
         shared_bytes    of dynamic shared memory
         pad_args        fill missing last parameters with zero (the scratch pointers of Triton)
-        max_lanes       threads that run together, at least a block
+        max_lanes       threads that run together, at least a block (by default as many as the caches can hold)
         track           count reads and writes of each byte in Buffer.reads and Buffer.writes, and check ld.global.nc
         racecheck       look for hazards between warps in shared memory
         coalescing      count 32-byte sectors in Stats.sectors

@@ -234,34 +234,33 @@ def mutants(ptx_text: str, entry_name: str) -> Iterator[Mutant]:
     """
     source = parse_source(ptx_text)
     body = source.entries[find_entry(source.entries, entry_name)]
-    lines = ptx_text.split("\n")
-    clean = body.text.split("\n")
-    labels = {}
-    for number, line in enumerate(clean):
-        labels.update(dict.fromkeys(re.findall(rf"({NAME})\s*:(?!:)", line), number))
-    for number, line in enumerate(clean):
-        for found in _STATEMENT.finditer(line):
-            statement = _parse(found[2], labels, number)
-            for rule in _RULES if statement else ():
-                for changed in rule(statement):
-                    index = body.line - 1 + number
-                    before = lines[index]
-                    # The first line may begin with the head of the entry.
-                    at = before.find(found[0], found.start() if number else 0)
-                    if at < 0:  # a comment within the statement
-                        continue
-                    new = f"{before[:at]}{found[1]}{changed}{before[at + len(found[0]) :]}"
-                    if new != before:
-                        text = "\n".join([*lines[:index], new, *lines[index + 1 :]])
-                        yield Mutant(index + 1, before.strip(), text)
+    lines, clean = ptx_text.split("\n"), body.text.split("\n")
+    labels = {
+        label[1]: (number, label.start())
+        for number, line in enumerate(clean)
+        for label in re.finditer(rf"({NAME})\s*:(?!:)", line)
+    }
+    for number, without_comments in enumerate(clean):
+        index = body.line - 1 + number
+        line = lines[index]
+        for found in _STATEMENT.finditer(without_comments):
+            statement = _parse(found[2], labels, (number, found.start(2)))
+            # The first line may begin with the head of the entry.
+            at = line.find(found[0], found.start() if number else 0)
+            if statement is None or at < 0:  # a declaration, or a statement with a comment in its middle
+                continue
+            for changed in (changed for rule in _RULES for changed in rule(statement)):
+                new = f"{line[:at]}{found[1]}{changed}{line[at + len(found[0]) :]}"
+                text = "\n".join([*lines[:index], new, *lines[index + 1 :]])
+                yield Mutant(index + 1, line.strip(), text)
 
 
-def _parse(text: str, labels: dict[str, int], number: int) -> _Statement | None:
+def _parse(text: str, labels: dict[str, tuple[int, int]], at: tuple[int, int]) -> _Statement | None:
     parts = _PARTS.match(text.strip())
     if not parts or text.strip().startswith("."):
         return None
     operands = split(parts[4])
-    loops = parts[2] == "bra" and labels.get(operands[0], number) <= number
+    loops = parts[2] == "bra" and labels.get(operands[0], at) <= at
     return _Statement((parts[1] or "").strip(), parts[2], parts[3].split(".")[1:], operands, loops)
 
 

@@ -16,8 +16,8 @@ from .types import UNSIGNED
 
 Array = Any  # an array, or a scalar that all threads share
 
-_CANONICAL_NAN = {np.dtype(np.float32): np.uint32(0x7FFFFFFF), np.dtype(np.float16): np.uint16(0x7FFF)}
-_SMALLEST_NORMAL = {np.dtype(t): np.finfo(t).tiny for t in (np.float16, np.float32)}
+_CANONICAL_NAN: dict[Any, Any] = {np.dtype(np.float32): np.uint32(0x7FFFFFFF), np.dtype(np.float16): np.uint16(0x7FFF)}
+_SMALLEST_NORMAL: dict[Any, Any] = {np.dtype(t): np.finfo(t).tiny for t in (np.float16, np.float32)}
 
 
 def flush_subnormals(x: Array) -> Array:

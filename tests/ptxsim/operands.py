@@ -60,7 +60,9 @@ def _register_source(register: Register, type_name: str) -> Read:
     if register.type == "pred" or type_name == "pred":
         if register.type != type_name:
             raise Unsupported("a predicate used as data")
-        return lambda wave, lanes: wave.register(slot) if lanes is None else wave.register(slot)[lanes]
+        # As a view: the array itself would become that of the register that a mov writes, and later writes to one would
+        # change the other.
+        return lambda wave, lanes: wave.register(slot).view() if lanes is None else wave.register(slot)[lanes]
     if register_bits(register.type) == bits:
 
         def same_width(wave: Any, lanes: Any) -> Any:

@@ -168,7 +168,8 @@ class Scheduler:
                 continue
             going = mask & complete[wave.block_of_lane]
             wave.current = barrier
-            barrier.execute(wave, going)  # type: ignore[misc]
+            lanes = np.flatnonzero(going)
+            barrier.execute(wave, lanes, lanes)  # type: ignore[misc]
             if wave.launch.options.racecheck:
                 forget_accesses(wave, np.flatnonzero(complete))
             staying = mask & ~going

@@ -197,7 +197,7 @@ def declare(text: str, table: dict[str, Any], source: Source, kernel: Kernel | N
 
 
 def _initial_bytes(variable: Variable, initializer: str) -> bytes:
-    if re.search(r"[A-Za-z_$]{2}", _NUMBER.sub("", initializer)):
+    if re.search(r"[A-Za-z_$%]", _NUMBER.sub("", initializer)):
         raise Unsupported(f"initializer of {variable.name} uses an address")
     literals = [parse_number(literal) for literal in _NUMBER.findall(initializer)]
     raw = b"".join(immediate_bytes(literal, variable.type) for literal in literals if literal)

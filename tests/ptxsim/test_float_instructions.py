@@ -1,5 +1,7 @@
 """Float instructions one by one, on random bits and special values."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -228,6 +230,66 @@ def test_comparisons(name):
     assert got.tolist() == want.astype(int).tolist()
 
 
+def test_comparison_of_packed_halves():
+    """setp.f16x2 p|q compares the low halves for p and the high ones for q."""
+    first = np.random.default_rng(5).standard_normal((2, 512)).astype(np.float16)
+    second = np.where(np.arange(512) % 3 == 0, first, first[::-1]).astype(np.float16)
+    operands = [np.ascontiguousarray(x.T).view(np.uint32).reshape(-1) for x in (first, second)]
+    instruction = """setp.gt.f16x2 %p1|%p2, {a}, {b}; selp.u32 %r5, 1, 0, %p1; selp.u32 %r6, 2, 0, %p2;
+        or.b32 {d}, %r5, %r6"""
+    got = run_elementwise(instruction, operands, np.uint32)
+    assert (got == (first > second)[0] + 2 * (first > second)[1]).all()
+
+
+def test_classification():
+    """testp, and set with a float result, also as bf16."""
+    for name, function in (("finite", np.isfinite), ("infinite", np.isinf), ("notanumber", np.isnan)):
+        got = run_elementwise(f"testp.{name}.f32 %p1, {{a}}; selp.u32 {{d}}, 1, 0, %p1", [BITS], np.uint32)
+        assert (got == function(FLOATS)).all()
+    got = run_elementwise("testp.number.f32 %p1, {a}; selp.u32 {d}, 1, 0, %p1", [BITS], np.uint32)
+    assert (got == ~NAN).all()
+    one = np.full(BITS.size, 0x3F800000, np.uint32)
+    got = run_elementwise("set.gt.bf16.f32 {d}, {a}, {b}", [BITS, one], np.uint16)
+    assert (got == np.where(FLOATS > 1, 0x3F80, 0)).all()
+
+
+def test_three_operands_of_minimum_and_maximum():
+    """The form of sm_100."""
+    values = [np.random.default_rng(i).permutation(BITS) for i in range(3)]
+    got = run_elementwise("min.f32 {d}, {a}, {b}, {c}", values, np.float32)
+    a, b, c = (x.view(f32) for x in values)
+    np.testing.assert_array_equal(got, np.fmin(np.fmin(a, b), c))
+
+
+def test_rounding_to_integral_floats():
+    """cvt.rni and its like keep the type."""
+    for rounding, function in (("rni", np.rint), ("rzi", np.trunc), ("rmi", np.floor), ("rpi", np.ceil)):
+        got = run_elementwise(f"cvt.{rounding}.f32.f32 {{d}}, {{a}}", [BITS], f32)
+        assert (got == function(FLOATS))[~NAN].all()
+
+
+def test_double_precision():
+    """fma is fused, division and root are IEEE, conversion to f32 rounds once."""
+    rng = np.random.default_rng(8)
+    a, b, c = (rng.standard_normal(1024) for _ in range(3))
+    bits = [x.view(np.uint64) for x in (a, b, c)]
+    got = run_elementwise("fma.rn.f64 {d}, {a}, {b}, {c}", bits, np.float64)
+    exact = [
+        float(Fraction(x) * Fraction(y) + Fraction(z))
+        for x, y, z in zip(a.tolist(), b.tolist(), c.tolist(), strict=True)
+    ]
+    assert got.tolist() == exact
+    assert (run_elementwise("div.rn.f64 {d}, {a}, {b}", bits[:2], np.float64) == a / b).all()
+    assert (run_elementwise("sqrt.rn.f64 {d}, {a}", [(a * a).view(np.uint64)], np.float64) == np.sqrt(a * a)).all()
+    assert (run_elementwise("cvt.rn.f32.f64 {d}, {a}", bits[:1], f32) == a.astype(f32)).all()
+    got = run_elementwise("cvt.rn.f16.f64 {d}, {a}", bits[:1], np.uint16)
+    assert (got == a.astype(np.float16).view(np.uint16)).all()
+    got = run_elementwise("cvt.rn.bf16.s32 {d}, {a}", [BITS], np.uint16)
+    nearest = BITS.view(np.int32).astype(np.float64)
+    back = bf16_to_f32(got).astype(np.float64)
+    assert (np.abs(back - nearest) <= np.abs(nearest) * 2.0**-8).all()
+
+
 @pytest.mark.parametrize("opcode", ["ex2", "lg2", "sin", "cos", "rsqrt", "rcp", "tanh"])
 def test_approximate_functions(opcode):
     """Near the real function; hardware is not better than that."""
@@ -251,6 +313,7 @@ def test_approximate_functions(opcode):
         "neg.ftz.f16 %h1, %h2",
         "cvt.rz.bf16.f64 %h1, %d1",
         "cvt.rp.f32.u32 %f1, %r1",
+        "cvt.rn.bf16.u64 %h1, %rd1",
         "cvt.rna.tf32.f32 %r1, %f1",
         "add.cc.u64 %rd1, %rd2, %rd3",
         "tanh.approx.bf16 %h1, %h2",

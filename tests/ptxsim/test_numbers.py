@@ -8,6 +8,8 @@ import pytest
 from ptxsim import numbers
 from ptxsim.testing import f32, random_bits
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
 
 def assert_nearest_even(values, exact, lower, upper, is_even):
     """Each value is as near to the exact one as its neighbours, and even if it is a tie."""
@@ -44,17 +46,18 @@ def test_fma32_is_correctly_rounded():
 
 def test_fma32_of_double_rounding_traps():
     """Sums whose float64 value is a tie of float32 though the exact one is not, also among subnormals."""
-    one, tiny = f32(1), f32(2.0**-126)
     # (1 + 2^-12)^2 = 1 + 2^-11 + 2^-24: a tie in float32, which the addend resolves far behind float64.
     a = np.array([1 + 2.0**-12] * 2, f32)
     c = np.array([2.0**-100, -(2.0**-100)], f32)
-    got = numbers.fma32(a, a, c)
-    assert got.tolist() == [float(f32(1 + 2.0**-11 + 2.0**-23)), float(f32(1 + 2.0**-11))]
-    # 1.5 units of the smallest subnormal, plus and minus something that float64 loses.
-    half = f32(2.0**-75) * one
-    got = numbers.fma32(np.array([half, half]), np.array([half * 1.5, half * 1.5]).astype(f32), np.array([0, 0], f32))
-    assert got.tolist() == [float(numbers.fma32(half, f32(half * 1.5), f32(0)))] * 2
-    assert numbers.fma32(tiny, f32(0.5), -tiny) == -tiny / 2
+    assert numbers.fma32(a, a, c).tolist() == [1 + 2.0**-11 + 2.0**-23, 1 + 2.0**-11]
+    # A product of half the smallest subnormal, less 2^-46 of it, which float64 loses beside the addend.
+    a, b = f32((1 + 2.0**-23) * 2.0**-75), f32((1 - 2.0**-23) * 2.0**-75)
+    c = f32(2.0**-127 + 2.0**-149)
+    assert numbers.fma32(a, b, c) == c
+    assert numbers.fma32(-a, b, -c) == -c
+    assert numbers.fma32(f32(2.0**-75), f32(2.0**-75), c) == f32(2.0**-127 + 2.0**-148)  # a tie
+    # An underflow to zero keeps its sign.
+    tiny = f32(2.0**-126)
     assert np.signbit(numbers.fma32(-tiny, tiny, f32(0)))
 
 

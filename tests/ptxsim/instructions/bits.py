@@ -131,16 +131,17 @@ def _extract_field(each: Instruction) -> Execute:
 
     def function(x: Any, position: Any, length: Any) -> Any:
         position, length = _byte(position), _byte(length)
-        shifted = np.where(position < bits, x >> np.minimum(position, bits - 1).astype(unsigned), unsigned(0))
         mask = _field_mask(length, unsigned)
-        field = shifted & mask
-        if type_name[0] == "s":
-            sign_at = np.clip(position + length - 1, 0, bits - 1).astype(unsigned)
-            negative = (length > 0) & (((x >> sign_at) & unsigned(1)) == unsigned(1))
-            field = np.where(negative, field | ~mask, field)
-        return field.astype(unsigned).view(numpy_type)
+        within = np.minimum(position, bits - 1)
+        if type_name[0] != "s":
+            return np.where(position < bits, x >> within.astype(unsigned), unsigned(0)) & mask
+        # Behind the word, as behind the field, all bits are its sign.
+        sign_at = np.clip(position + length - 1, 0, bits - 1).astype(numpy_type)
+        negative = (length > 0) & ((x >> sign_at) & numpy_type(1) != 0)
+        field = (x >> within.astype(numpy_type)).view(unsigned) & mask
+        return np.where(negative, field | ~mask, field).view(numpy_type)
 
-    return elementwise(each, function, [f"u{bits}", "u32", "u32"], type_name)
+    return elementwise(each, function, [type_name, "u32", "u32"], type_name)
 
 
 @instruction("bfi")

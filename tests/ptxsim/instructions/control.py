@@ -69,7 +69,7 @@ def _create_policy(each: Instruction) -> Execute:
 
 @instruction("bar", "barrier", modifiers="sync red aligned cta and or popc warp")
 def _barrier(each: Instruction) -> Execute:
-    """bar.sync and bar.red. They run once for each block, with the mask of its lanes, when all have arrived."""
+    """bar.sync and bar.red. They run when all threads of a block have arrived, with all lanes of such blocks."""
     if each.has("warp"):
         return warp_barrier(each)
     reduces = each.has("red")
@@ -87,17 +87,17 @@ def _barrier(each: Instruction) -> Execute:
             raise Unsupported(f"barrier for {threads} of {wave.launch.threads_per_block} threads")
 
     if not reduces:
-        return lambda wave, mask, _=None: check(wave)
+        return lambda wave, compute, active: check(wave)
     how = each.first_of("and", "or", "popc")
     read, write = source(operands[-1], "pred"), destination(each.operands[0], each.type())
 
-    def reduce(wave: Any, mask: Any, _: Any = None) -> None:
+    def reduce(wave: Any, compute: Any, active: Any) -> None:
         check(wave)
-        lanes = np.flatnonzero(mask)
-        predicate = np.broadcast_to(np.asarray(read(wave, lanes)), lanes.shape)
-        block = wave.block_of_lane[lanes]
+        predicate = np.broadcast_to(np.asarray(read(wave, active)), active.shape)
+        block = wave.block_of_lane[active]
         true = np.bincount(block, weights=predicate, minlength=len(wave.blocks))
-        result = {"and": true == wave.threads_per_block(mask), "or": true > 0, "popc": true.astype(np.uint32)}[how]
-        write(wave, lanes, result[block])
+        everyone = np.bincount(block, minlength=len(wave.blocks))
+        result = {"and": true == everyone, "or": true > 0, "popc": true.astype(np.uint32)}[how]
+        write(wave, active, result[block])
 
     return reduce

@@ -108,7 +108,7 @@ def _convert(each: Instruction) -> Execute:
 def conversion(each: Instruction, to: str, from_: str) -> Callable:
     """The function that converts values, from the types and the modifiers of a cvt."""
     if to in FLOATS:
-        return _float_to_float(each, to, from_) if from_ in FLOATS else _integer_to_float(each, to)
+        return _float_to_float(each, to, from_) if from_ in FLOATS else _integer_to_float(each, to, from_)
     if each.has("relu"):
         raise Unsupported(f".relu of {to}")
     return _float_to_integer(each, to, from_) if from_ in FLOATS else _integer_to_integer(each, to)
@@ -120,10 +120,12 @@ def _value(x: Any, type_name: str, ftz: bool) -> Any:
     return flush_subnormals(value) if ftz and value.dtype == np.float32 else value
 
 
-def _integer_to_float(each: Instruction, to: str) -> Callable:
+def _integer_to_float(each: Instruction, to: str, from_: str) -> Callable:
     if each.has(*_DIRECTED, "sat", "relu"):
         raise Unsupported("modifiers of a conversion from integer to float")
     if to == "bf16":
+        if BITS[from_] == 64:
+            raise Unsupported("a conversion that would be rounded to float64 first")
         return lambda x: f64_to_bf16(np.asarray(x).astype(np.float64))
     if to == "f16":
         return lambda x: np.asarray(x).astype(np.float64).astype(np.float16)

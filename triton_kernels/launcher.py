@@ -1,0 +1,167 @@
+"""Launches the Triton kernels: what csrc/cuda/module.cpp is to the CUDA kernels, with the same functions.
+
+Triton cannot pass kilobytes of arguments by value, so what travels with a launch, gradients' addresses and
+hyperparameters, goes to the device in one small copy before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from array import array
+from typing import Any
+
+import torch
+import triton.language as tl
+
+from .grad_norm import norm_chunks_kernel, norm_total_kernel
+from .step import step_kernel
+
+# By the codes of csrc/dtype.h.
+_TYPES = {0: tl.float32, 1: tl.float64, 2: tl.float16, 3: tl.bfloat16}
+
+# As maxva_kernels/gpu.py packs a group: lr and its address, six coefficients, three modes.
+_PACKED_GROUP = struct.Struct("=dQ6d3q")
+
+_GROUP_VALUES = 10
+
+# No contraction: results are those of the other backends, bit for bit.
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+# Programs for each multiprocessor, about as many as fit it.
+_PROGRAMS = 8
+# Pinned memory that is kept for captures, in words of 8 bytes, and for how many copies like the last it must suffice.
+_PINNED = 1 << 17
+_COPIES = 8
+
+
+class TritonLauncher:
+    """Implements `maxva_kernels.gpu.Launcher`; addresses are of memory of the device."""
+
+    # One launch takes any number of tensors and groups.
+    MAX_TENSORS = 1 << 30
+    MAX_GROUPS = 1 << 30
+    STEP_CHUNK = 8192
+    NORM_CHUNK = 16384
+
+    def __init__(self, device_type: str = "cuda"):
+        self._device_type = device_type
+        self._pinned = torch.empty(0, dtype=torch.int64)  # what is left for captures; it cannot be had during one
+        self._captured: list[torch.Tensor] = []  # what captured graphs copy from at each replay
+
+    def step(
+        self,
+        device: int,
+        stream: int,
+        param_dtype: int,
+        grad_dtype: int,
+        laprop: bool,
+        rows: int,
+        chunk_rows: int,
+        chunks: int,
+        ticket: int,
+        groups: bytes,
+        grads: bytes,
+        grad_scale: int,
+        found_inf: int,
+        grad_norm: int,
+        max_grad_norm: float,
+        /,
+    ) -> None:
+        """Launches one step on the device's current stream."""
+        double = param_dtype == 1
+        integers, values = _hyperparameters(groups, max_grad_norm, double)
+        sent = self._send(grads + integers + values, device)
+        grads_at = sent.data_ptr()
+        integers_at = grads_at + len(grads)
+        values_at = integers_at + len(integers)
+        max_norm_at = values_at + len(groups) // _PACKED_GROUP.size * _GROUP_VALUES * (8 if double else 4)
+        self.run(
+            step_kernel,
+            chunks,
+            device,
+            (
+                *(rows, chunk_rows, chunks, ticket, grads_at, len(grads) // 8, integers_at, values_at),
+                *(grad_scale, found_inf, grad_norm, max_norm_at),
+            ),
+            {
+                "LAPROP": bool(laprop),
+                "T": _TYPES[int(double)],
+                "PARAM": _TYPES[param_dtype],
+                "GRAD": _TYPES[grad_dtype],
+                "CHUNK": self.STEP_CHUNK,
+                "BLOCK": 256 if double else 512,
+            },
+        )
+
+    def norm_chunks(
+        self,
+        device: int,
+        stream: int,
+        grad_dtype: int,
+        double: bool,
+        rows: int,
+        chunk_rows: int,
+        chunks: int,
+        grads: bytes,
+        sums: int,
+        /,
+    ) -> None:
+        """Launches the sums of squares of all chunks on the device's current stream."""
+        sent = self._send(grads, device)
+        arguments = (rows, chunk_rows, chunks, sent.data_ptr(), sums)
+        constants = {"T": _TYPES[int(double)], "GRAD": _TYPES[grad_dtype], "CHUNK": self.NORM_CHUNK}
+        self.run(norm_chunks_kernel, chunks, device, arguments, constants)
+
+    def norm_total(self, device: int, stream: int, double: bool, sums: int, chunks: int, norm: int, /) -> None:
+        """Launches the root of the sum of all chunks on the device's current stream."""
+        self.run(norm_total_kernel, 1, device, (sums, chunks, norm), {"T": _TYPES[int(double)]})
+
+    def run(self, kernel: Any, chunks: int, device: int, arguments: tuple[int, ...], constants: dict[str, Any]) -> None:
+        """Launches a kernel with as many programs as the device holds, or as there are chunks."""
+        programs = max(1, min(chunks, _PROGRAMS * _processors(device)))
+        with torch.cuda.device(device):
+            kernel[(programs,)](*arguments, **constants, **OPTIONS)
+
+    def _send(self, data: bytes, device: int) -> torch.Tensor:
+        """Copies to the device; the memory may be dropped once a kernel that reads it has been launched."""
+        host = torch.frombuffer(bytearray(data), dtype=torch.int64)
+        if self._device_type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                host = self._pinned_copy(host)
+            elif self._pinned.numel() < _COPIES * host.numel():
+                self._pinned = torch.empty(max(_PINNED, 2 * _COPIES * host.numel()), dtype=torch.int64, pin_memory=True)
+        return host.to(torch.device(self._device_type, device), non_blocking=True)
+
+    def _pinned_copy(self, host: torch.Tensor) -> torch.Tensor:
+        """For a graph, whose copies read their source at each replay: memory that stays, and that was pinned before."""
+        if self._pinned.numel() < host.numel():
+            raise RuntimeError(
+                "maxva: no pinned memory is left for this step of a CUDA graph; run some steps on a side stream before "
+                "each capture, as PyTorch's notes on CUDA graphs show"
+            )
+        pinned, self._pinned = self._pinned[: host.numel()], self._pinned[host.numel() :]
+        self._captured.append(pinned.copy_(host))
+        return pinned
+
+
+@functools.cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _hyperparameters(groups: bytes, max_grad_norm: float, double: bool) -> tuple[bytes, bytes]:
+    """What the kernel reads of the groups: five int64 each, and _GROUP_VALUES numbers of the arithmetic's type each;
+    after these max_grad_norm. csrc/maxva.h (make_hyperparameters) computes the same."""
+    integers, values = array("q"), array("d")
+    for group in _PACKED_GROUP.iter_unpack(groups):
+        lr, lr_address, alpha, lower, upper, first, eps, weight_decay, decoupled, maximize, adam_eps = group
+        decay_mode = 0 if weight_decay == 0 else 1 if decoupled else 2
+        # alpha as a 64-bit fraction, whose bits a signed integer has too
+        fraction = int(math.ldexp(alpha, 64))
+        integers.extend((fraction - (1 << 64) * (fraction >> 63), lr_address, decay_mode, adam_eps, maximize))
+        most = 2.0**-43 if double else 2.0**-14
+        stall = (2.0**-53 if double else 2.0**-24) / (1 - upper) if upper < 1 else most
+        values.extend((lr, eps, weight_decay, alpha, 1 - alpha, 1 - upper, 1 - lower, 1 - first, min(stall, most), 0.0))
+    values.extend((max_grad_norm, 0.0))
+    return integers.tobytes(), array("d" if double else "f", values).tobytes()  # rounded to nearest

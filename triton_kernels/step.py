@@ -1,0 +1,234 @@
+"""One step over the tensors of a table: the walk, the loads and the stores around the formula of maxva.py."""
+
+import triton
+import triton.language as tl
+
+from .maxva import bias_correction, divide, grad_factor, update
+
+# Columns of the table (maxva_kernels/tensor_table.py, STEP_COLUMNS).
+COLUMNS = tl.constexpr(10)
+# Numbers of a group as launcher.py packs them: of the arithmetic's type, and integers.
+GROUP_VALUES = tl.constexpr(10)
+GROUP_INTEGERS = tl.constexpr(5)
+
+
+@triton.jit
+def _pointer(address, STORED: tl.constexpr, WHOLE: tl.constexpr):
+    pointer = address.to(tl.pointer_type(STORED))
+    if WHOLE:  # the hint belongs to the operation that makes the pointer, which must therefore be made here
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def _load(address, at, begin, end, STORED: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr):
+    pointer = _pointer(address, STORED, WHOLE)
+    if WHOLE:
+        return tl.load(pointer + at).to(T)
+    else:
+        return tl.load(pointer + at, mask=(at >= begin) & (at < end), other=0.0).to(T)
+
+
+@triton.jit
+def _store(address, at, value, begin, end, STORED: tl.constexpr, WHOLE: tl.constexpr):
+    pointer = _pointer(address, STORED, WHOLE)
+    if WHOLE:
+        tl.store(pointer + at, value.to(STORED))
+    else:
+        tl.store(pointer + at, value.to(STORED), mask=(at >= begin) & (at < end))
+
+
+@triton.jit
+def _step_block(
+    params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms,  # addresses where the chunk begins
+    first, begin, end,  # the block's first element in the chunk, and which of the chunk are there
+    factor, alpha, one_minus_alpha, one_minus_upper, one_minus_lower, first_weight, saturation, eps, step_size, decay,
+    decay_mode, adam_eps, amsgrad,
+    LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,  # all elements are there and every operand is aligned: no masks, so that accesses are wide
+):  # fmt: skip
+    # 1. Load.
+    at = first + tl.arange(0, BLOCK)
+    p = _load(params, at, begin, end, PARAM, T, WHOLE)
+    g = _load(grads, at, begin, end, GRAD, T, WHOLE)
+    m = _load(exp_avgs, at, begin, end, T, T, WHOLE)
+    u = _load(grad_means, at, begin, end, T, T, WHOLE)
+    s = _load(grad_vars, at, begin, end, T, T, WHOLE)
+    w = _load(weight_sums, at, begin, end, T, T, WHOLE)
+    if amsgrad:
+        x = _load(max_denoms, at, begin, end, T, T, WHOLE)
+    else:
+        x = p
+
+    # 2. Update.
+    p, m, u, s, w, x = update(
+        p, g, m, u, s, w, x,
+        factor, alpha, one_minus_alpha, one_minus_upper, one_minus_lower, first_weight, saturation, eps, step_size,
+        decay, decay_mode, adam_eps, amsgrad, LAPROP,
+    )  # fmt: skip
+
+    # 3. Store.
+    _store(params, at, p, begin, end, PARAM, WHOLE)
+    _store(exp_avgs, at, m, begin, end, T, WHOLE)
+    _store(grad_means, at, u, begin, end, T, WHOLE)
+    _store(grad_vars, at, s, begin, end, T, WHOLE)
+    _store(weight_sums, at, w, begin, end, T, WHOLE)
+    if amsgrad:
+        _store(max_denoms, at, x, begin, end, T, WHOLE)
+
+
+@triton.jit
+def _misplaced(address, element_bytes: tl.constexpr, shift):
+    """What remains of the address `shift` elements earlier after whole packets of 16 bytes: 0 if it is aligned."""
+    return (address - shift * element_bytes) & 15
+
+
+_ARGUMENTS = [
+    "rows",
+    "chunk_rows",
+    "chunks",
+    "ticket",
+    "grads",
+    "tensors",
+    "integers",
+    "values",
+    "grad_scale",
+    "found_inf",
+    "grad_norm",
+    "max_grad_norm",
+]
+
+
+# No autotuning: it runs a kernel many times, and this one updates in place.
+# Values that happen to be 1 or multiples of 16 are no reason to compile it again.
+@triton.jit(do_not_specialize=_ARGUMENTS)
+def step_kernel(
+    rows: tl.int64,  # address of the table: for each tensor COLUMNS int64
+    chunk_rows: tl.int64,  # address: for each chunk its row, int32
+    chunks: tl.int64,  # how many
+    ticket: tl.int64,  # address of an int32 that counts the programs that are done; 0 between launches
+    grads: tl.int64,  # address: for each tensor its gradient's address, int64, or 0 where it has none
+    tensors: tl.int64,  # how many
+    integers: tl.int64,  # address: for each group GROUP_INTEGERS int64
+    values: tl.int64,  # address: for each group GROUP_VALUES of the arithmetic's type
+    grad_scale: tl.int64,  # address of a scalar of the arithmetic's type, or 0: 1
+    found_inf: tl.int64,  # address of one, or 0: 0
+    grad_norm: tl.int64,  # address of one, or 0: no clip
+    max_grad_norm: tl.int64,  # address of one
+    LAPROP: tl.constexpr,
+    T: tl.constexpr,  # the arithmetic's type
+    PARAM: tl.constexpr,  # the parameters' type
+    GRAD: tl.constexpr,  # the gradients' type
+    CHUNK: tl.constexpr,  # elements of a chunk
+    BLOCK: tl.constexpr,  # elements that a program works on at once
+):
+    int64: tl.constexpr = tl.pointer_type(tl.int64)
+    numbers: tl.constexpr = tl.pointer_type(T)
+    param_bytes: tl.constexpr = PARAM.primitive_bitwidth // 8
+    grad_bytes: tl.constexpr = GRAD.primitive_bitwidth // 8
+    state_bytes: tl.constexpr = T.primitive_bitwidth // 8
+    rows = rows.to(int64)
+    chunk_rows = chunk_rows.to(tl.pointer_type(tl.int32))
+    grads = grads.to(int64)
+
+    # 1. Gradients that overflowed: neither parameters, nor state, nor step counts move. Devices add up their flags.
+    overflow = False
+    if found_inf != 0:
+        overflow = tl.load(found_inf.to(numbers)) != 0.0
+    if not overflow:
+        scale = tl.full((), 1.0, T)
+        if grad_scale != 0:
+            scale = tl.load(grad_scale.to(numbers))
+        norm = tl.full((), 1.0, T)
+        max_norm = tl.full((), -1.0, T)
+        if grad_norm != 0:
+            norm = tl.load(grad_norm.to(numbers))
+            max_norm = tl.load(max_grad_norm.to(numbers))
+
+        # 2. The programs share out the chunks.
+        for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+            tensor = tl.load(chunk_rows + chunk)
+            grad_address = tl.load(grads + tensor)
+            if grad_address != 0:
+                row = rows + tensor * COLUMNS
+                param_address = tl.load(row)
+                exp_avg_address = tl.load(row + 1)
+                grad_mean_address = tl.load(row + 2)
+                grad_var_address = tl.load(row + 3)
+                weight_sum_address = tl.load(row + 4)
+                max_denom_address = tl.load(row + 5)
+                step = tl.load(tl.load(row + 6).to(int64)) + 1
+                numel = tl.load(row + 7)
+                group = tl.load(row + 8)
+                index = chunk - tl.load(row + 9)
+                amsgrad = max_denom_address != 0
+
+                modes = integers.to(int64) + group * GROUP_INTEGERS
+                decay_mode = tl.load(modes + 2)
+                adam_eps = tl.load(modes + 3)
+                hyper = values.to(numbers) + group * GROUP_VALUES
+                lr = tl.load(hyper)
+                lr_address = tl.load(modes + 1)
+                if lr_address != 0:
+                    lr = tl.load(lr_address.to(numbers))
+                weight_decay = tl.load(hyper + 2)
+                factor = grad_factor(scale, norm, max_norm, tl.load(modes + 4))
+                correction = bias_correction(tl.load(modes), step, T)
+                step_size = divide(lr, correction)
+                decay = tl.where(decay_mode == 2, weight_decay, lr * weight_decay)
+
+                # Chunks are cut where packets of 16 bytes begin: `shift` elements early in a tensor that begins within
+                # one. Where the operands begin at different places of a packet, all accesses are narrow.
+                if grad_bytes < param_bytes:
+                    shift = (grad_address & 15) // grad_bytes
+                else:
+                    shift = (param_address & 15) // param_bytes
+                remainder = _misplaced(param_address, param_bytes, shift) | _misplaced(grad_address, grad_bytes, shift)
+                remainder |= _misplaced(exp_avg_address, state_bytes, shift)
+                remainder |= _misplaced(grad_mean_address, state_bytes, shift)
+                remainder |= _misplaced(grad_var_address, state_bytes, shift)
+                remainder |= _misplaced(weight_sum_address, state_bytes, shift)
+                remainder |= tl.where(amsgrad, _misplaced(max_denom_address, state_bytes, shift), 0)
+                aligned = remainder == 0
+                shift = tl.where(aligned, shift, 0)
+                start = index * CHUNK - shift
+                begin = tl.where(index == 0, shift, 0).to(tl.int32)
+                is_last = (index + 1) * CHUNK >= numel
+                end = tl.where(is_last, numel - start, CHUNK).to(tl.int32)
+
+                params = param_address + start * param_bytes
+                gradients = grad_address + start * grad_bytes
+                exp_avgs = exp_avg_address + start * state_bytes
+                grad_means = grad_mean_address + start * state_bytes
+                grad_vars = grad_var_address + start * state_bytes
+                weight_sums = weight_sum_address + start * state_bytes
+                max_denoms = max_denom_address + start * state_bytes
+                for first in range(0, end, BLOCK):
+                    if aligned & (first >= begin) & (first + BLOCK <= end):
+                        _step_block(
+                            params, gradients, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms,
+                            first, begin, end,
+                            factor, tl.load(hyper + 3), tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6),
+                            tl.load(hyper + 7), tl.load(hyper + 8), tl.load(hyper + 1), step_size, decay,
+                            decay_mode, adam_eps, amsgrad, LAPROP, T, PARAM, GRAD, BLOCK, True,
+                        )  # fmt: skip
+                    else:
+                        _step_block(
+                            params, gradients, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms,
+                            first, begin, end,
+                            factor, tl.load(hyper + 3), tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6),
+                            tl.load(hyper + 7), tl.load(hyper + 8), tl.load(hyper + 1), step_size, decay,
+                            decay_mode, adam_eps, amsgrad, LAPROP, T, PARAM, GRAD, BLOCK, False,
+                        )  # fmt: skip
+
+        # 3. The last program to get here advances the step counts, when no other will read them any more. The barrier
+        # has all threads of this one past their reading.
+        tl.debug_barrier()
+        done = tl.atomic_add(ticket.to(tl.pointer_type(tl.int32)), 1)
+        if done == tl.num_programs(0) - 1:
+            for first in range(0, tensors, 128):
+                at = first + tl.arange(0, 128)
+                has_grad = tl.load(grads + at, mask=at < tensors, other=0) != 0
+                steps = tl.load(rows + at * COLUMNS + 6, mask=has_grad, other=0).to(int64)
+                tl.store(steps, tl.load(steps, mask=has_grad, other=0) + 1, mask=has_grad)
+            tl.store(ticket.to(tl.pointer_type(tl.int32)), 0)
