@@ -6,6 +6,7 @@ matters, gradients whose mean and deviation are alike.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Iterator
 
@@ -61,6 +62,13 @@ def device_of(backend: str) -> torch.device:
     return torch.device("cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu")
 
 
+def cannot_simulate(backend: str) -> str | None:
+    """What is missing to run a GPU's backend without a GPU."""
+    if backend == "cuda":
+        return None if shutil.which("nvcc") and shutil.which("g++") else "no GPU, and no nvcc and g++ to simulate one"
+    return None if importlib.util.find_spec("triton") else "no GPU, and no Triton to simulate one"
+
+
 def backend_params(*, oracle: bool = True) -> list:
     """The backends as pytest parameters; one that cannot run here is skipped with its own reason."""
     params = []
@@ -70,11 +78,9 @@ def backend_params(*, oracle: bool = True) -> list:
         device = device_of(name)
         marks = [pytest.mark.gpu] if device.type == "cuda" else []
         reason = why_not(name, device)
-        if name == "cuda" and device.type == "cpu":
-            reason = (
-                None if shutil.which("nvcc") and shutil.which("g++") else "no GPU, and no compilers to simulate one"
-            )
-            marks.append(pytest.mark.simulated)
+        if name in ("cuda", "triton") and device.type == "cpu":
+            reason = cannot_simulate(name)
+            marks.append(pytest.mark.simulated(name))
         if reason is not None:
             marks.append(pytest.mark.skip(reason=reason))
         params.append(pytest.param(name, marks=marks))

@@ -122,6 +122,11 @@ def words(address: int, count: int, dtype: type = np.int64) -> np.ndarray:
     return np.frombuffer((ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(address), dtype)
 
 
+def _stack_memory(nbytes: int) -> ctypes.Array:
+    """A launch before it is filled: what is not filled stays garbage, as in the compiled module."""
+    return ctypes.create_string_buffer(b"\xa5" * nbytes, nbytes)
+
+
 @dataclass
 class Launch:
     """A launch that has been made."""
@@ -147,6 +152,8 @@ class SimulatedLauncher:
         self.MAX_TENSORS, self.MAX_GROUPS = constant("max_tensors"), constant("max_groups")
         self.STEP_CHUNK, self.NORM_CHUNK = constant("step_chunk"), constant("norm_chunk")
         self.blocks, self.arch, self.track, self.seed = blocks, arch, track, seed
+        self.max_lanes = 1 << 15  # threads that run side by side; with those of one block, blocks run one by one
+        self.max_steps = 50_000_000  # of what runs side by side, to end an endless loop
         self.launches: list[Launch] = []
         self.replace_module: dict[str, Module] = {}  # by source: a mutant in its place
         self.only: dict[str, tuple[int, int]] = {}  # by a buffer's name: the address and size of what there is of it
@@ -164,7 +171,7 @@ class SimulatedLauncher:
             groups, group_count, grads, tensors,
         )  # fmt: skip
         twice = param == 1
-        launch = ctypes.create_string_buffer(constant("step_launch_double_bytes" if twice else "step_launch_bytes"))
+        launch = _stack_memory(constant("step_launch_double_bytes" if twice else "step_launch_bytes"))
         bridge().fill_step(launch, ctypes.c_bool(twice), ctypes.byref(given))
 
         wide = 8 if twice else 4
@@ -192,7 +199,7 @@ class SimulatedLauncher:
     def norm_chunks(self, device, stream, grad, double, rows, chunk_rows, chunks, grads, sums):
         tensors = len(grads) // 8
         given = NormInput(rows, chunk_rows, chunks, sums, grads, tensors)
-        launch = ctypes.create_string_buffer(constant("norm_launch_bytes"))
+        launch = _stack_memory(constant("norm_launch_bytes"))
         bridge().fill_norm(launch, ctypes.c_bool(double), ctypes.byref(given))
         wide = 8 if double else 4
         table = words(rows, tensors * len(NORM_COLUMNS)).reshape(tensors, len(NORM_COLUMNS))
@@ -231,6 +238,8 @@ class SimulatedLauncher:
             track=self.track,
             racecheck=True,
             seed=self.seed,
+            max_lanes=self.max_lanes,
+            max_steps=self.max_steps,
         )
         self.launches.append(Launch(entry, stats, buffers))
 

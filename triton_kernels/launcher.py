@@ -27,7 +27,7 @@ _PACKED_GROUP = struct.Struct("=dQ6d3q")
 _GROUP_VALUES = 10
 
 # No contraction: results are those of the other backends, bit for bit.
-OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 # Programs for each multiprocessor, about as many as fit it.
 _PROGRAMS = 8
 # Pinned memory that is kept for captures, in words of 8 bytes, and for how many copies like the last it must suffice.
@@ -121,7 +121,7 @@ class TritonLauncher:
         """Launches a kernel with as many programs as the device holds, or as there are chunks."""
         programs = max(1, min(chunks, _PROGRAMS * _processors(device)))
         with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **constants, **OPTIONS)
+            kernel[(programs,)](*arguments, **constants, **options(constants))
 
     def _send(self, data: bytes, device: int) -> torch.Tensor:
         """Copies to the device; the memory may be dropped once a kernel that reads it has been launched."""
@@ -143,6 +143,14 @@ class TritonLauncher:
         pinned, self._pinned = self._pinned[: host.numel()], self._pinned[host.numel() :]
         self._captured.append(pinned.copy_(host))
         return pinned
+
+
+def options(constants: dict[str, Any]) -> dict[str, Any]:
+    """How a kernel with these constants is compiled."""
+    # For a step ptxas, left to itself, chooses fewer registers on some architectures, and spills. With 128 each, four
+    # programs fit a multiprocessor.
+    is_step = "PARAM" in constants
+    return {**_OPTIONS, "maxnreg": 128} if is_step and constants["T"] is tl.float32 else _OPTIONS
 
 
 @functools.cache

@@ -1,0 +1,110 @@
+"""What the simulated backends share: which memory a launch may touch, and its record.
+
+A launch is given to ptxsim with the memory that its table and arguments point to, and nothing else. Tensors are CPU
+tensors: to the simulator their memory is the device's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from ptxsim import Buffer, Device, Stats
+
+from maxva_kernels import gpu
+from maxva_kernels.backends import registry
+from maxva_kernels.tensor_table import NORM_COLUMNS, STEP_COLUMNS
+
+SIZES = {0: 4, 1: 8, 2: 2, 3: 2}  # bytes of a dtype, by its code (csrc/dtype.h)
+SUMS = 3  # numbers that stand for the sum of a chunk's squares
+
+Range = tuple[str, int, int]  # name, address, bytes; an address 0 is none
+
+
+def words(address: int, count: int, dtype: type = np.int64) -> np.ndarray:
+    """Memory of this process as an array."""
+    if count == 0:
+        return np.zeros(0, dtype)
+    return np.frombuffer((ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(address), dtype)
+
+
+def step_ranges(
+    param: int, grad: int, rows: int, chunk_rows: int, chunks: int, ticket: int, groups: bytes, grads: bytes,
+    grad_scale: int, found_inf: int, grad_norm: int,
+) -> list[Range]:  # fmt: skip
+    """The memory of a step's launch; of a tensor without gradient nothing."""
+    wide, tensors = SIZES[1] if param == 1 else SIZES[0], len(grads) // 8
+    table = words(rows, tensors * len(STEP_COLUMNS)).reshape(tensors, len(STEP_COLUMNS))
+    ranges = [("rows", rows, table.nbytes), ("chunk_rows", chunk_rows, 4 * chunks), ("ticket", ticket, 4)]
+    ranges += [("grad_scale", grad_scale, wide), ("found_inf", found_inf, wide), ("grad_norm", grad_norm, wide)]
+    for i, (values, address) in enumerate(zip(table.tolist(), np.frombuffer(grads, np.uint64).tolist(), strict=True)):
+        if address == 0:
+            continue
+        row = dict(zip(STEP_COLUMNS, values, strict=True))
+        ranges.append((f"grad{i}", address, row["numel"] * SIZES[grad]))
+        ranges.append((f"step{i}", row["step"], 8))
+        ranges.append((f"param{i}", row["param"], row["numel"] * SIZES[param]))
+        for name in ("exp_avg", "grad_mean", "grad_var", "weight_sum", "max_denom"):
+            ranges.append((f"{name}{i}", row[name], row["numel"] * wide))
+    rates = [address for _, address, *_ in gpu._PACKED_GROUP.iter_unpack(groups)]
+    return ranges + [(f"lr{g}", address, wide) for g, address in enumerate(rates)]
+
+
+def norm_ranges(
+    grad: int, double: bool, rows: int, chunk_rows: int, chunks: int, grads: bytes, sums: int, chunk: int
+) -> list[Range]:
+    """The memory of a launch that sums the squares of chunks."""
+    wide, tensors = SIZES[1] if double else SIZES[0], len(grads) // 8
+    table = words(rows, tensors * len(NORM_COLUMNS)).reshape(tensors, len(NORM_COLUMNS))
+    ranges = [("rows", rows, table.nbytes), ("chunk_rows", chunk_rows, 4 * chunks)]
+    for i, (values, address) in enumerate(zip(table.tolist(), np.frombuffer(grads, np.uint64).tolist(), strict=True)):
+        row = dict(zip(NORM_COLUMNS, values, strict=True))
+        ranges.append((f"grad{i}", address, row["numel"] * SIZES[grad]))
+        count = -(-row["numel"] // chunk)
+        ranges.append((f"sums{i}", sums + row["first_sum"] * SUMS * wide, count * SUMS * wide))
+    return ranges
+
+
+def total_ranges(double: bool, sums: int, chunks: int, norm: int) -> list[Range]:
+    """The memory of the launch that adds up the chunks."""
+    wide = SIZES[1] if double else SIZES[0]
+    return [("sums", sums, chunks * SUMS * wide), ("norm", norm, wide)]
+
+
+def mapped(ranges: Iterable[Range]) -> tuple[Device, dict[str, Buffer]]:
+    """A device that may touch these, and its buffers by name. Names may share a range, as groups a learning rate."""
+    device, buffers, seen = Device(), {}, {}
+    for name, address, nbytes in ranges:
+        if address and nbytes:
+            if (address, nbytes) not in seen:
+                seen[address, nbytes] = device.map(address, nbytes, name)
+            buffers[name] = seen[address, nbytes]
+    return device, buffers
+
+
+@dataclass
+class Launch:
+    """A launch that has been made."""
+
+    kernel: str
+    stats: Stats
+    buffers: dict[str, Buffer]
+
+    def buffers_of(self, name: str) -> list[Buffer]:
+        """The buffers "name0", "name1", ..."""
+        return [buffer for key, buffer in self.buffers.items() if re.fullmatch(rf"{name}\d+", key)]
+
+
+def install_launcher(backend: object, launcher: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a GPU's backend drive CPU tensors through this launcher."""
+    monkeypatch.setattr(backend, "why_not", lambda device: None)
+    monkeypatch.setattr(backend, "_launcher", lambda: launcher)
+    monkeypatch.setattr(gpu, "current_stream", lambda device: 0)
+    monkeypatch.setattr(gpu, "is_capturing", lambda: False)
+    monkeypatch.setattr(registry, "_selected", {})
+    monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)())
+    monkeypatch.setattr(gpu, "norm_tables", type(gpu.norm_tables)())

@@ -1,0 +1,103 @@
+"""The Triton backend without a GPU: its host code as it is, its kernels as Triton compiled them, run by ptxsim.
+
+In place of the launch by Triton's runtime, `SimulatedTriton` compiles the kernel ahead of time and interprets its PTX.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+from ptxsim import Module
+from simulated import Launch, Range, install_launcher, mapped, norm_ranges, step_ranges, total_ranges
+
+from maxva_kernels.backends import triton as backend
+
+try:
+    import triton
+    from maxva_kernels.triton_kernels.launcher import TritonLauncher, options
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+except ImportError:  # what needs it is skipped
+    TritonLauncher = object  # type: ignore[assignment, misc]
+
+needs_triton = pytest.mark.skipif(TritonLauncher is object, reason="Triton is not installed")
+
+CAPABILITY = 80
+
+
+@functools.cache
+def compiled(kernel: Any, constants: tuple[tuple[str, Any], ...], capability: int = CAPABILITY) -> Any:
+    """A kernel as its launcher would have it compiled: all arguments that are no constants are int64."""
+    names = kernel.arg_names
+    given = {(names.index(name),): value for name, value in constants}
+    signature = {name: "constexpr" if (i,) in given else "i64" for i, name in enumerate(names)}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=given)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options(dict(constants)))
+
+
+@functools.cache
+def _module(kernel: Any, constants: tuple[tuple[str, Any], ...], capability: int) -> Module:
+    return Module(compiled(kernel, constants, capability).asm["ptx"])
+
+
+class SimulatedTriton(TritonLauncher):
+    """A `TritonLauncher` whose launches are simulated."""
+
+    def __init__(
+        self, *, programs: int = 3, capability: int = CAPABILITY, track: bool = False, seed: int | None = None
+    ):
+        super().__init__("cpu")
+        self.programs, self.capability, self.track, self.seed = programs, capability, track, seed
+        self.launches: list[Launch] = []
+        self._ranges: list[Range] = []
+
+    def step(
+        self, device, stream, param, grad, laprop, rows, chunk_rows, chunks, ticket, groups, grads,
+        grad_scale, found_inf, grad_norm, max_grad_norm,
+    ):  # fmt: skip
+        self._ranges = step_ranges(
+            param, grad, rows, chunk_rows, chunks, ticket, groups, grads, grad_scale, found_inf, grad_norm
+        )
+        super().step(
+            device, stream, param, grad, laprop, rows, chunk_rows, chunks, ticket, groups, grads,
+            grad_scale, found_inf, grad_norm, max_grad_norm,
+        )  # fmt: skip
+
+    def norm_chunks(self, device, stream, grad, double, rows, chunk_rows, chunks, grads, sums):
+        self._ranges = norm_ranges(grad, double, rows, chunk_rows, chunks, grads, sums, self.NORM_CHUNK)
+        super().norm_chunks(device, stream, grad, double, rows, chunk_rows, chunks, grads, sums)
+
+    def norm_total(self, device, stream, double, sums, chunks, norm):
+        self._ranges = total_ranges(double, sums, chunks, norm)
+        super().norm_total(device, stream, double, sums, chunks, norm)
+
+    def _send(self, data, device):
+        sent = super()._send(data, device)
+        self._ranges.append(("sent", sent.data_ptr(), 8 * sent.numel()))
+        return sent
+
+    def run(self, kernel, chunks, device, arguments, constants):
+        device, buffers = mapped(self._ranges)
+        constants = tuple(sorted(constants.items()))
+        metadata = compiled(kernel, constants, self.capability).metadata
+        stats = _module(kernel, constants, self.capability).launch(
+            metadata.name,
+            max(1, min(chunks, self.programs)),
+            32 * metadata.num_warps,
+            list(arguments),
+            device,
+            shared_bytes=metadata.shared,
+            pad_args=True,
+            track=self.track,
+            seed=self.seed,
+            # Where several threads of a program hold a value, Triton has all of them store it: no race that matters.
+            racecheck=False,
+        )
+        self.launches.append(Launch(metadata.name, stats, buffers))
+
+
+def install_triton(launcher: SimulatedTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the backend "triton" drive CPU tensors through this launcher."""
+    install_launcher(backend, launcher, monkeypatch)

@@ -1,0 +1,250 @@
+"""The CUDA step kernels, as nvcc compiled them, against the CPU's: the same bits for every variant, option, order of
+blocks and architecture. Memory traffic is in test_cuda_traffic.py, sizes and limits in test_cuda_limits.py, the norm in
+test_cuda_norm.py."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from cases import ALGORITHMS, BASE, DTYPES, OPTIONS, SIZES, make_params, needs_cpu_kernels
+from simulated_cuda import (
+    CSRC,
+    SimulatedLauncher,
+    assert_identical,
+    bridge,
+    constant,
+    install,
+    needs_compilers,
+    simulated,
+    step_both,
+    step_entry,
+    with_twin,
+)
+
+from maxva_kernels import LaMAdam, MAdam, gpu
+from maxva_kernels.tensor_table import NORM_COLUMNS, STEP_COLUMNS
+
+pytestmark = [needs_compilers, needs_cpu_kernels]
+__all__ = ["simulated"]  # a fixture
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# Parameters and gradients as the kernels take them, and two pairs that the host converts.
+KERNEL_PAIRS = [*((param, grad) for param in FLOATS for grad in FLOATS), (torch.float64, torch.float64)]
+CONVERTED_PAIRS = [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)]
+
+VARIANTS = [(torch.float32, torch.float32, option) for option in OPTIONS]
+VARIANTS += [(*pair, o) for pair in KERNEL_PAIRS[1:] + CONVERTED_PAIRS for o in ("base", "all")]
+
+
+@pytest.mark.parametrize(("param_dtype", "grad_dtype", "option"), VARIANTS, ids=lambda value: str(value))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_variant_gives_the_cpus_bits(algorithm, param_dtype, grad_dtype, option, simulated):
+    """Guards each instantiation of the kernel and each mode in it: a wrong formula, conversion, flag or coefficient."""
+    simulated.blocks = len(SIZES)  # together, which is faster
+    pair = with_twin(algorithm(make_params(dtype=param_dtype), backend="cuda", **{**BASE, **OPTIONS[option]}))
+    for step in range(3):
+        step_both(pair, step, dtype=grad_dtype)
+    taken = param_dtype if torch.float64 in (param_dtype, grad_dtype) else grad_dtype
+    _, entry = step_entry(gpu.DTYPE_CODES[param_dtype], gpu.DTYPE_CODES[taken], algorithm is LaMAdam)
+    assert {launch.kernel for launch in simulated.launches if launch.kernel.startswith("step")} == {entry}
+
+
+def test_groups_keep_their_own_modes(simulated):
+    """Guards the look-up of a tensor's group: one launch with a group for each option, in every mode."""
+    each = [{**BASE, **option, "lr": 0.1 + g / 7} for g, option in enumerate(OPTIONS.values())]
+    groups = [{"params": make_params((5, 600), seed=g), **options} for g, options in enumerate(each)]
+    for group in groups:
+        group.pop("max_grad_norm", None)
+    pair = with_twin(MAdam(groups, backend="cuda"))
+    for step in range(3):
+        step_both(pair, step)
+    assert len(simulated.launches) == 3
+
+
+SPECIAL = (0.5, torch.nan, torch.inf, -torch.inf, -0.5, 3e38, -1e25, 1e-30, 1e-45, 0.0, -0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_special_values(algorithm, dtype, simulated):
+    """Guards the side that a NaN takes in each comparison, the flush of subnormals, and signs of zero."""
+    values = torch.tensor(SPECIAL, dtype=torch.float64)
+    params = [torch.nn.Parameter(torch.cat([torch.ones(len(values)), values, -values]).to(dtype)) for _ in range(2)]
+    pair = with_twin(algorithm(params, backend="cuda", **BASE, amsgrad=True))
+    for step in range(4):
+        for optimizer in pair:
+            for i, param in enumerate(optimizer.param_groups[0]["params"]):
+                turned = torch.cat([values, values.roll(step + i), values.roll(-1 - step)])
+                param.grad = turned.to(dtype)
+        for optimizer in pair:
+            optimizer.step()
+    step_both(pair, 4)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_converts_as_on_the_cpu(dtype, arch, monkeypatch):
+    """Guards the conversions, which are instructions on new architectures and emulated on old ones: all values are
+    loaded as parameter and as gradient, and what is stored meets ties, overflow and subnormals."""
+    launcher = SimulatedLauncher(arch=arch, blocks=32)
+    install(launcher, monkeypatch)
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    kept = with_twin(MAdam([torch.nn.Parameter(every.clone())], lr=0.0, backend="cuda"))
+    step_both(kept)
+    # Denominators of exactly 1, so that the parameter becomes the rounded gradient.
+    exact = torch.cat([every.float() * factor for factor in (1, 1 + 2.0**-12, 1 + 2.0**-9, 1.001)])
+    rounded = with_twin(MAdam([torch.zeros_like(exact, dtype=dtype)], lr=1.0, beta1=0.0, eps=1.0, backend="cuda"))
+    given = with_twin(MAdam([torch.zeros_like(every)], **BASE, backend="cuda"))  # the state shows what was loaded
+    for pair, grad in ((rounded, exact), (given, every)):
+        for optimizer in pair:
+            (param,) = optimizer.param_groups[0]["params"]
+            param.grad_dtype = None
+            param.grad = grad.clone()
+            optimizer.step()
+        assert_identical(*pair)
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_100"])
+def test_other_architectures(arch, monkeypatch):
+    """Guards code that depends on the architecture: nvcc makes other PTX for each."""
+    install(SimulatedLauncher(arch=arch, blocks=len(SIZES)), monkeypatch)
+    pair = with_twin(LaMAdam(make_params(dtype=torch.bfloat16), backend="cuda", **{**BASE, **OPTIONS["all"]}))
+    for step in range(3):
+        step_both(pair, step)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("seed", [None, 1, 2, 3])
+@pytest.mark.parametrize("together", [True, False])
+def test_any_number_and_order_of_blocks(together, blocks, seed, monkeypatch):
+    """Guards the walk of blocks over chunks, and that steps are counted once, by whichever block ends last, when no
+    other will read them: also where a block runs only once others have ended."""
+    launcher = SimulatedLauncher(blocks=blocks, seed=seed)
+    launcher.max_lanes = launcher.max_lanes if together else constant("step_threads")
+    install(launcher, monkeypatch)
+    sizes = (8193, 0, 5, 1, 16385, 700)
+    groups = [{"params": make_params(sizes[:3])}, {"params": make_params(sizes[3:]), "amsgrad": True, "beta1": 0.8}]
+    pair = with_twin(MAdam(groups, backend="cuda", **BASE))
+    for step in range(2):
+        step_both(pair, step)
+    assert [int(state["step"]) for state in pair[0].state.values()] == [2] * len(sizes)
+    assert all(launch.buffers["ticket"].array.view("u4") == 0 for launch in launcher.launches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_any_step_count(dtype, simulated):
+    """Guards the bias correction, whose integer arithmetic has another source on the device, and a step count that is
+    read with too few bits."""
+    counts = (0, 1, 2, 999, 2**31 - 1, 2**31, 2**32 - 1, 2**53 + 1, 2**62)
+    for beta1 in (0.0, 0.7, 0.999999, 1 - 2.0**-53):
+        pair = with_twin(MAdam(make_params((3,) * len(counts), dtype), backend="cuda", **{**BASE, "beta1": beta1}))
+        step_both(pair)
+        for optimizer in pair:
+            for state, count in zip(optimizer.state.values(), counts, strict=True):
+                state["step"].fill_(count)
+        step_both(pair, 1)
+        assert [int(state["step"]) for state in pair[0].state.values()] == [count + 1 for count in counts]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("found_inf", [None, -0.0])
+@pytest.mark.parametrize("grad_scale", [None, 1024.0, 3.0])
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5, 1e9, torch.inf])
+def test_scaling(max_grad_norm, grad_scale, found_inf, dtype, simulated):
+    """Guards the factor of the gradients, alone and in all combinations: scale, clip that bites or not, no overflow."""
+    params = make_params((1, 700, 5), dtype=dtype)
+    pair = with_twin(MAdam(params, backend="cuda", **BASE, max_grad_norm=max_grad_norm))
+    for optimizer in pair:
+        for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+            setattr(optimizer, name, None if value is None else torch.tensor(value))
+    for step in range(2):
+        step_both(pair, step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("found_inf", [1.0, 2.0, 2.0**-20, -1.0, torch.inf, torch.nan])
+def test_overflow_stops_the_step(found_inf, dtype, monkeypatch):
+    """Guards against a test for == 1, which the sum over devices is not, and against anything that is touched all the
+    same: only the flag itself may be read."""
+    launcher = SimulatedLauncher(track=True)
+    install(launcher, monkeypatch)
+    pair = with_twin(LaMAdam(make_params((0, 1, 9000), dtype=dtype), backend="cuda", **BASE, amsgrad=True))
+    step_both(pair)
+    before = {name: value.clone() for name, value in pair[0].state[pair[0].param_groups[0]["params"][2]].items()}
+    for optimizer in pair:
+        optimizer.found_inf = torch.tensor(found_inf)
+    step_both(pair, 1)
+    assert launcher.launches[-1].stats.buffer_bytes.keys() == {("found_inf", "ld")}
+    for name, value in pair[0].state[pair[0].param_groups[0]["params"][2]].items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, 0.0])
+def test_clip_by_a_norm_that_is_no_number(special, simulated):
+    """Guards the comparison of the clip: a NaN norm must make every parameter NaN, as in torch, and an infinite one
+    must stop the others; a norm of 0 must not divide."""
+    params = make_params((3, 700))
+    pair = with_twin(MAdam(params, backend="cuda", **BASE, max_grad_norm=1.0))
+    step_both(pair)
+    for optimizer in pair:
+        for param in optimizer.param_groups[0]["params"]:
+            param.grad.zero_() if special == 0 else param.grad[1:2].fill_(special)
+        optimizer.step()
+    step_both(pair, 1)
+    if special != special:
+        assert all(param.isnan().all() for param in params)
+
+
+class RatesOnDevice(SimulatedLauncher):
+    """Has the groups' learning rates in memory, as a learning rate that is a tensor on a GPU is passed."""
+
+    def step(self, device, stream, param, *rest):
+        groups, wide = rest[6], torch.float64 if param == 1 else torch.float32
+        packed, rates = [], []
+        for lr, address, *others in gpu._PACKED_GROUP.iter_unpack(groups):
+            assert address == 0
+            rates.append(torch.tensor(lr, dtype=wide))
+            packed.append(gpu._PACKED_GROUP.pack(torch.nan, rates[-1].data_ptr(), *others))
+        super().step(device, stream, param, *rest[:6], b"".join(packed), *rest[7:])
+        for g, launch_rate in enumerate(rates):
+            assert self.launches[-1].bytes_of("ld", f"lr{g}") >= launch_rate.element_size()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_learning_rate_on_the_device(dtype, monkeypatch):
+    """Guards the read of a learning rate by address: each group its own, in place of the number beside it."""
+    install(RatesOnDevice(), monkeypatch)
+    groups = [
+        {"params": make_params((3, 700), dtype=dtype, seed=g), "lr": 0.1 / (g + 1), "decoupled_weight_decay": g < 2}
+        for g in range(3)
+    ]
+    pair = with_twin(MAdam(groups, backend="cuda", **BASE))
+    for step in range(2):
+        step_both(pair, step)
+
+
+def _fields(text: str, struct: str) -> list[str]:
+    """The names of a C++ struct's fields."""
+    body = re.search(rf"struct {struct} \{{(.*?)\n\}};", text, re.S)[1]
+    declarations = re.findall(r"^\s*[\w:]+[\s*]+([\w, ]+);", body, re.M)
+    return [name.strip() for names in declarations for name in names.split(",")]
+
+
+def test_python_and_cpp_agree_on_the_structs():
+    """Guards the tables against a field that is added, dropped or moved on one side only."""
+    assert bridge()
+    launch_h, arguments_h = ((CSRC / "cuda" / name).read_text() for name in ("launch.h", "arguments.h"))
+    assert tuple(_fields(launch_h, "StepRow")) == STEP_COLUMNS
+    assert tuple(_fields(launch_h, "NormRow")) == NORM_COLUMNS
+    assert constant("step_row_bytes") == 8 * len(STEP_COLUMNS)
+    assert constant("norm_row_bytes") == 8 * len(NORM_COLUMNS)
+    assert constant("packed_group_bytes") == gpu._PACKED_GROUP.size == 8 * len(_fields(arguments_h, "PackedGroup"))
+
+
+def test_python_and_cpp_agree_on_the_dtypes():
+    """Guards the numbers that choose a kernel."""
+    names = re.search(r"enum class DType : int \{ (.*) \}", (CSRC / "dtype.h").read_text())[1].split(", ")
+    dtypes = {"kFloat": "float32", "kDouble": "float64", "kHalf": "float16", "kBFloat16": "bfloat16"}
+    assert {getattr(torch, dtypes[name]): code for code, name in enumerate(names)} == gpu.DTYPE_CODES

@@ -1,0 +1,197 @@
+"""Sizes, numbers of tensors and groups, and indices at which the CUDA step kernels and their tables could go wrong."""
+
+from __future__ import annotations
+
+from array import array
+
+import numpy as np
+import pytest
+import torch
+from cases import BASE, make_params, needs_cpu_kernels, set_grads
+from simulated_cuda import (
+    SimulatedLauncher,
+    assert_identical,
+    at_offset,
+    bits,
+    constant,
+    install,
+    needs_compilers,
+    simulated,
+    step_both,
+    with_twin,
+)
+
+from maxva_kernels import LaMAdam, MAdam, functional, gpu
+from maxva_kernels.groups import MOMENTS, Hyperparameters
+
+pytestmark = [needs_compilers, needs_cpu_kernels]
+__all__ = ["simulated"]  # a fixture
+
+OPERANDS = ("param", "grad", *MOMENTS)
+CHUNK = 8192
+
+
+def test_chunk_is_what_these_tests_take_it_for(simulated):
+    """Guards the sizes below."""
+    assert simulated.STEP_CHUNK == constant("step_chunk") == CHUNK
+
+
+EDGES = [
+    *((torch.float32, offset) for offset in (0, 1, 3)),
+    *((torch.bfloat16, offset) for offset in (0, 7)),
+    (torch.float64, 1),
+]
+
+
+@pytest.mark.parametrize(("dtype", "offset"), EDGES, ids=str)
+def test_chunk_edges(dtype, offset, monkeypatch):
+    """Guards the ends of chunks, which are cut where packets begin: a tensor that begins within one has a first chunk
+    that is shorter, and a last one that is longer, than the others."""
+    launcher = SimulatedLauncher(track=True, blocks=40)
+    install(launcher, monkeypatch)
+    sizes = [k * CHUNK + around for k in (1, 2, 3) for around in (-8, -1, 0, 1, 8)]
+    pair = with_twin(MAdam(make_params(tuple(sizes), dtype), backend="cuda", **BASE))
+    step_both(pair)
+    step_both(pair, 1, offsets=[dict.fromkeys(OPERANDS, offset)] * len(sizes))
+    for buffer in launcher.launches[-1].buffers_of("param"):
+        assert (buffer.writes == 1).all(), buffer
+
+
+@pytest.mark.parametrize(("tensors", "most", "launches"), [(5, 5, 1), (6, 5, 2), (13, 5, 3), (3, 1, 3), (1, 5, 1)])
+def test_more_tensors_than_a_launch_takes(tensors, most, launches, simulated):
+    """Guards the cut into launches: every tensor in one of them, with its own row, chunks and gradient."""
+    simulated.MAX_TENSORS = most
+    sizes = tuple((0, 700, 8193)[i % 3] + i for i in range(tensors))
+    pair = with_twin(LaMAdam(make_params(sizes), backend="cuda", **BASE, amsgrad=True, max_grad_norm=1.0))
+    for step in range(2):
+        step_both(pair, step)
+    steps = [launch for launch in simulated.launches if launch.kernel.startswith("step")]
+    assert len(steps) == 2 * launches
+    assert sum(len(launch.buffers_of("step")) for launch in steps[:launches]) == tensors
+
+
+@pytest.mark.parametrize(
+    ("groups", "each", "most", "launches"), [(2, 2, 2, 1), (3, 1, 2, 2), (7, 2, 3, 3), (4, 1, 1, 4)]
+)
+def test_more_groups_than_a_launch_takes(groups, each, most, launches, simulated):
+    """Guards the index of a group in its launch, where that does not begin with group 0."""
+    simulated.MAX_GROUPS = most
+    settings = [{"params": make_params((9,) * each, seed=g), "lr": 1 / (g + 1), "eps": g / 8} for g in range(groups)]
+    pair = with_twin(MAdam(settings, backend="cuda", **{**BASE, "weight_decay": 0.0}))
+    for step in range(2):
+        step_both(pair, step)
+    assert len(simulated.launches) == 2 * launches
+
+
+def test_groups_and_tensors_at_once(simulated):
+    """Guards the two limits where they meet, in both orders, and dtypes that share groups."""
+    simulated.MAX_TENSORS, simulated.MAX_GROUPS = 4, 2
+    settings = []
+    for g, sizes in enumerate([(3,), (5, 2, 9), (), (1, 1, 1, 1, 1, 1), (0,), (4, 4)]):
+        params = [*make_params(sizes, seed=g), *make_params(sizes[:2], torch.bfloat16, seed=g)]
+        settings += [{"params": params, "lr": 1 / (g + 1), "amsgrad": g % 2 == 0}] if params else []
+    pair = with_twin(MAdam(settings, backend="cuda", **BASE))
+    for step in range(2):
+        step_both(pair, step)
+
+
+@pytest.mark.parametrize(("tensors", "launches"), [(2900, 1), (3000, 2)])
+def test_as_many_tensors_as_there_is_room_for(tensors, launches, simulated):
+    """Guards the arguments of a launch at their real size: the last address among them."""
+    assert simulated.MAX_TENSORS == 2900
+    simulated.blocks = 128  # together, which is faster
+    pair = with_twin(MAdam(make_params((1,) * tensors), backend="cuda", **BASE))
+    step_both(pair)
+    assert len(simulated.launches) == launches
+
+
+@pytest.mark.parametrize(("groups", "launches"), [(64, 1), (65, 2)])
+def test_as_many_groups_as_there_is_room_for(groups, launches, simulated):
+    """Guards the arguments of a launch at their real size: the last group among them."""
+    assert simulated.MAX_GROUPS == 64
+    for dtype in (torch.float32, torch.float64):
+        settings = [{"params": make_params((2,), dtype, seed=g), "lr": 1 / (g + 1)} for g in range(groups)]
+        pair = with_twin(MAdam(settings, backend="cuda", **BASE))
+        step_both(pair)
+        assert len(simulated.launches) == launches
+        simulated.launches.clear()
+
+
+def test_mixed_dtypes(simulated):
+    """Guards the launch for each pair of dtypes: it must leave the other gradients' tensors alone."""
+    params = [make_params((700, 5), dtype, seed=s)[s % 2] for dtype in gpu.DTYPE_CODES for s in range(4)]
+    pair = with_twin(LaMAdam(params, backend="cuda", **BASE, max_grad_norm=1.0))
+    for step in range(2):
+        for optimizer in pair:
+            set_grads(optimizer.param_groups[0]["params"], step)
+            for i, param in enumerate(optimizer.param_groups[0]["params"]):
+                param.grad_dtype = None
+                param.grad = None if i == 6 else param.grad.to(list(gpu.DTYPE_CODES)[i % 4])
+            optimizer.step()
+    assert_identical(*pair)
+    kernels = [launch.kernel for launch in simulated.launches]
+    assert len([name for name in kernels if name.startswith("step")]) == 2 * (3 * 3 + 1) == 2 * len(set(kernels[5:15]))
+    assert [name.split("_kernel")[0] for name in kernels[:5]] == ["norm_chunks"] * 4 + ["norm_total"]
+
+
+FAR = [
+    # parameter, gradient, beginning of the operands, the gradient's own, chunks
+    (torch.float32, torch.float32, 0, 0, 1),
+    (torch.float32, torch.float32, 3, 3, 2),
+    (torch.float32, torch.float32, 0, 1, 2),
+    (torch.bfloat16, torch.bfloat16, 5, 5, 1),
+    (torch.float16, torch.float32, 2, 3, 1),
+    (torch.float64, torch.float64, 1, 1, 2),
+]
+
+
+@pytest.mark.parametrize("numel", [2**31 + 100, 2**32 - 1, 2**33 + 5000])
+@pytest.mark.parametrize(("param_dtype", "grad_dtype", "offset", "grad_offset", "chunks"), FAR, ids=str)
+def test_indices_beyond_32_bits(param_dtype, grad_dtype, offset, grad_offset, chunks, numel, simulated):
+    """Guards the arithmetic of indices and addresses: the last chunks of a tensor that is larger than memory, of which
+    no more than them is there. Its row says that its chunks began long before this launch's."""
+    before = -(-numel // CHUNK) - chunks
+    packets = offset == grad_offset
+    width = 16 // min(param_dtype.itemsize, grad_dtype.itemsize)
+    start = before * CHUNK - (offset % width if packets else 0)
+    count = numel - start
+    generator = torch.Generator().manual_seed(0)
+
+    def values(dtype: torch.dtype) -> torch.Tensor:
+        return torch.rand(count, generator=generator, dtype=torch.float64).add(0.1).to(dtype)
+
+    wide = torch.float64 if param_dtype == torch.float64 else torch.float32
+    near = {name: values({"param": param_dtype, "grad": grad_dtype}.get(name, wide)) for name in OPERANDS}
+    far = {name: at_offset(value, grad_offset if name == "grad" else offset) for name, value in near.items()}
+    if packets:  # the chunk begins with a packet
+        far = {name: at_offset(value, 0) for name, value in near.items()}
+    first = {name: value.data_ptr() - start * value.element_size() for name, value in far.items()}
+    simulated.only = {f"{name}0": (value.data_ptr(), value.nbytes) for name, value in far.items()}
+
+    steps = torch.tensor([4, 4])
+    addresses = [first[name] for name in ("param", *MOMENTS)]
+    row = torch.tensor([*addresses, 0, steps[:1].data_ptr(), numel, 0, -before])
+    chunk_rows, ticket = torch.zeros(chunks, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    packed, _ = gpu._pack([Hyperparameters(**BASE)], wide, torch.device("cpu"))
+    simulated.step(
+        0, 0, gpu.DTYPE_CODES[param_dtype], gpu.DTYPE_CODES[grad_dtype], False, row.data_ptr(), chunk_rows.data_ptr(),
+        chunks, ticket.data_ptr(), packed, array("Q", [first["grad"]]).tobytes(), 0, 0, 0, -1.0,
+    )  # fmt: skip
+    lists = [[near[name]] for name in ("param", "grad", *MOMENTS)]
+    functional.madam_(*lists, [steps[1]], **BASE, backend="cpu")
+    assert steps.tolist() == [5, 5]
+    for name in OPERANDS:
+        assert torch.equal(bits(far[name]), bits(near[name])), name
+    used = simulated.launches[0].stats.widths("st").get(16, 0) > 0
+    assert used == packets
+
+
+def test_any_chunk_may_come_from_any_row(simulated):
+    """Guards the map from chunks to rows: a launch whose tensors have 0, 1 and many chunks, where the last row's comes
+    right behind another's."""
+    sizes = (0, 1, 0, 0, 3 * CHUNK + 1, 2, 0, CHUNK, 0)
+    pair = with_twin(MAdam(make_params(sizes), backend="cuda", **BASE))
+    step_both(pair)
+    launch = simulated.launches[0]
+    rows = launch.buffers["chunk_rows"].array.view(np.int32)
+    assert rows.tolist() == [1, 4, 4, 4, 4, 5, 7]

@@ -1,0 +1,173 @@
+"""What is particular to the Triton kernels: Triton's interpreter, the machine code that it compiles, and its launches.
+
+What they compute is tested with the other backends, on the simulator: test_gpu_kernels.py and the tables of cases.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import ALGORITHMS, BASE, make_params, needs_cpu_kernels, run
+from sass import Code, needs_cuobjdump, read
+from simulated_triton import SimulatedTriton, compiled, install_triton, needs_triton
+
+from maxva_kernels import MAdam, gpu
+
+pytestmark = needs_triton
+
+DTYPES = ("float32", "bfloat16", "float16")
+PAIRS = [*((param, grad) for param in DTYPES for grad in DTYPES), ("float64", "float64")]
+
+INTERPRETED = """
+import sys
+sys.path[:0] = [{tests!r}]
+import torch
+from cases import ALGORITHMS, BASE, OPTIONS, make_params, set_grads, states
+from maxva_kernels import gpu
+from maxva_kernels.backends import triton as backend
+from maxva_kernels.triton_kernels.launcher import TritonLauncher
+
+class Interpreted(TritonLauncher):
+    def run(self, kernel, chunks, device, arguments, constants):
+        kernel[(max(1, min(chunks, 3)),)](*arguments, **constants)
+
+launcher = Interpreted("cpu")
+backend.why_not, backend._launcher = lambda device: None, lambda: launcher
+gpu.current_stream, gpu.is_capturing = lambda device: 0, lambda: False
+for algorithm in ALGORITHMS:
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        for option in ("base", "all"):
+            ours, theirs = (
+                algorithm(make_params((0, 1, 7, 513, 9000), dtype), backend=name, **{{**BASE, **OPTIONS[option]}})
+                for name in ("triton", "cpu")
+            )
+            # The interpreter cuts float32 off to bfloat16 where a GPU rounds to nearest: then one step is enough.
+            for step in range(1 if dtype == torch.bfloat16 else 2):
+                for optimizer in (ours, theirs):
+                    set_grads(optimizer.param_groups[0]["params"], step)
+                    optimizer.step()
+            expected = dict(states(theirs))
+            for name, value in states(ours):
+                rtol = 2.0**-7 if name.startswith("params") and dtype == torch.bfloat16 else 0
+                message = f"{{dtype}} {{option}} {{name}}"
+                torch.testing.assert_close(value, expected[name], rtol=rtol, atol=0, msg=message)
+"""
+
+
+@needs_cpu_kernels
+def test_interpreter(tmp_path):
+    """Guards the kernels' source apart from any compiler: Triton's own interpreter gives the CPU's bits."""
+    script = INTERPRETED.format(tests=str(Path(__file__).parent))
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", script]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def _step_constants(param: str, grad: str, laprop: bool) -> tuple[tuple[str, object], ...]:
+    import triton.language as tl
+
+    double = param == "float64"
+    constants = {"LAPROP": laprop, "T": tl.float64 if double else tl.float32, "CHUNK": SimulatedTriton.STEP_CHUNK}
+    constants |= {"PARAM": getattr(tl, param), "GRAD": getattr(tl, grad), "BLOCK": 256 if double else 512}
+    return tuple(sorted(constants.items()))
+
+
+def _machine_code(kernel, constants, capability: int, folder: Path) -> Code:
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled(kernel, constants, capability).asm["cubin"])
+    (code,) = read(cubin)
+    return code
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("param", "grad"), PAIRS)
+def test_machine_code_of_the_step(param, grad, capability, tmp_path):
+    """Guards the speed: accesses of 16 bytes for all float32 and float64 operands (8 for those of 16 bits: a thread has
+    four elements), no local memory, registers for four programs on a multiprocessor, no float64 but where asked for."""
+    from maxva_kernels.triton_kernels.step import step_kernel
+
+    for laprop in (False, True):
+        code = _machine_code(step_kernel, _step_constants(param, grad, laprop), capability, tmp_path)
+        assert not code.uses_local_memory, code.stack
+        assert code.registers <= 128
+        wide = [dtype for dtype in (param, grad) if dtype in ("float32", "float64")]
+        assert code.count(r"LDG\.E.*\.128") >= 5 + len(wide)  # with AMSGrad
+        assert code.count(r"STG\.E.*\.128") >= 5 + (param in wide)
+        assert (code.double > 0) == (param == "float64")
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("grad", DTYPES)
+def test_machine_code_of_the_norm(grad, capability, tmp_path):
+    """Guards the norm's loads, of 16 bytes each, all of a chunk's in one go."""
+    import triton.language as tl
+    from maxva_kernels.triton_kernels.grad_norm import norm_chunks_kernel
+
+    constants = {"T": tl.float32, "GRAD": getattr(tl, grad), "CHUNK": SimulatedTriton.NORM_CHUNK}
+    code = _machine_code(norm_chunks_kernel, tuple(sorted(constants.items())), capability, tmp_path)
+    assert not code.uses_local_memory
+    bytes_of_a_thread = SimulatedTriton.NORM_CHUNK // 128 * getattr(torch, grad).itemsize
+    assert code.count(r"LDG\.E.*\.128") >= bytes_of_a_thread // 16
+    assert code.double == 0
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_other_architectures(algorithm, capability, monkeypatch):
+    """Guards code that depends on the architecture: Triton makes other PTX for each."""
+    install_triton(SimulatedTriton(capability=capability), monkeypatch)
+    for dtype in (torch.float32, torch.bfloat16):
+        options = {**BASE, "amsgrad": True, "max_grad_norm": 1.0}
+        ours, theirs = (
+            run(algorithm(make_params((1, 700, 9000), dtype), backend=name, **options), last=2)
+            for name in ("triton", "cpu")
+        )
+        for a, b in zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_packed_groups_are_read_as_they_were_packed():
+    """Guards the second description of a packed group, which stands in the launcher."""
+    from maxva_kernels.triton_kernels import launcher
+
+    assert launcher._PACKED_GROUP.format == gpu._PACKED_GROUP.format
+
+
+def test_one_compilation_whatever_the_values():
+    """Guards against a kernel that is compiled again because an address or a count happens to be 1, or a multiple of
+    16, or small: all of them are int64 and nothing else is known of them."""
+    from maxva_kernels.triton_kernels import grad_norm, step
+
+    for kernel in (step.step_kernel, grad_norm.norm_chunks_kernel, grad_norm.norm_total_kernel):
+        for param in kernel.params:
+            assert param.is_constexpr or (param.do_not_specialize and param.annotation_type == "i64"), param.name
+
+
+def test_hyperparameters_beyond_float32():
+    """Guards against an exception where C++ stores an infinity."""
+    from maxva_kernels.triton_kernels.launcher import _hyperparameters
+
+    packed = gpu._PACKED_GROUP.pack(0.1, 0, 0.9, 0.5, 0.999, 0.999, 1e300, 0.0, 1, 0, 0)
+    _, values = _hyperparameters(packed, 1.0, False)
+    assert torch.frombuffer(bytearray(values), dtype=torch.float32)[1] == torch.inf
+
+
+def test_where_triton_is_missing(monkeypatch):
+    """Guards an error that says what to install."""
+    from maxva_kernels.backends import triton as backend
+
+    monkeypatch.setattr(backend, "_import_error", lambda: "No module named 'triton'")
+    with pytest.raises(
+        RuntimeError, match=re.escape("(No module named 'triton'); install it with: pip install triton")
+    ):
+        MAdam(make_params((2,)), backend="triton")
