@@ -18,6 +18,7 @@ from pathlib import Path
 
 MODES = ("auto", "cuda", "cpu", "python")
 MIN_TORCH = (2, 10)
+MIN_NVCC = (12, 1)
 CPU_SOURCES = ("csrc/*.cpp", "csrc/cpu/*.cpp")
 CUDA_SOURCES = ("csrc/cuda/*.cpp", "csrc/cuda/*.cu")
 HEADERS = ("csrc/**/*.h", "csrc/**/*.cuh", "csrc/**/*.inc")
@@ -120,6 +121,8 @@ def _no_cuda(facts: Facts) -> str | None:
         return f"torch {facts.torch} is not a CUDA build: install one as pytorch.org/get-started says"
     if facts.nvcc is None:
         return f"{facts.no_nvcc}: install the CUDA toolkit {facts.torch_cuda} and set CUDA_HOME to it"
+    if facts.nvcc < MIN_NVCC:  # the first whose kernels take more than 4 KB of arguments
+        return f"nvcc {'.'.join(map(str, facts.nvcc))} in {facts.cuda_home} is too old: install CUDA 12.1 or newer"
     if facts.nvcc[0] != int(facts.torch_cuda.split(".")[0]):
         nvcc = ".".join(map(str, facts.nvcc))
         return (

@@ -137,5 +137,7 @@ def call_step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
 def _rates(hypers: Sequence[Hyperparameters]) -> Tensor:
     """The groups' learning rates as the operator takes them."""
     if any(isinstance(hyper.lr, Tensor) for hyper in hypers):
-        return torch.stack([torch.as_tensor(hyper.lr, dtype=torch.float64).reshape(()) for hyper in hypers])
-    return torch.tensor([hyper.lr for hyper in hypers], dtype=torch.float64)
+        return torch.stack(
+            [torch.as_tensor(hyper.lr, dtype=torch.float64, device="cpu").reshape(()) for hyper in hypers]
+        )
+    return torch.tensor([hyper.lr for hyper in hypers], dtype=torch.float64, device="cpu")

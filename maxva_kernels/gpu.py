@@ -84,6 +84,7 @@ class Launcher(Protocol):
     def norm_total(self, device: int, stream: int, double: bool, sums: int, chunks: int, norm: int, /) -> None: ...
 
 
+_captured_rates: list[Tensor] = []  # learning rates that captured graphs read
 step_tables: TableCache[StepTable] = TableCache()
 norm_tables: TableCache[NormTable] = TableCache()
 
@@ -120,7 +121,8 @@ def step(launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Sca
     except RuntimeError:
         check()  # which names the tensor
         raise
-    table = step_tables.find(key, make, is_capturing())
+    capturing = is_capturing()
+    table = step_tables.find(key, make, capturing)
     grads = _fitting(joined(groups, "grads"), params, table, check)
     stream = current_stream(device)
     _copy_stand_ins(groups, table, back=False)
@@ -150,7 +152,8 @@ def step(launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Sca
                 grad_norm,
                 -1.0 if scaling.max_grad_norm is None else scaling.max_grad_norm,
             )
-        del rates  # its memory was in use until the launch
+        if capturing:
+            _captured_rates.extend(rates)
     _copy_stand_ins(groups, table, back=True)
     # The kernel writes behind autograd's back: a parameter saved for a backward pass must be known to have changed.
     torch.autograd.graph.increment_version(
@@ -168,14 +171,15 @@ def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:
         checks.check_grads(grads)
     grads = [layouts.dense(grad.resolve_neg() if grad.is_neg() else grad) for grad in grads]
     device = grads[0].device
-    key = (device, tuple([(grad.numel(), grad.dtype) for grad in grads]))
+    stream = current_stream(device)
+    # By stream too: gradients of one size on two streams would share a table, whose copy only one of them waits for.
+    key = (device, stream, tuple([(grad.numel(), grad.dtype) for grad in grads]))
     table = norm_tables.find(
         key, lambda: make_norm_table(grads, launcher.NORM_CHUNK, launcher.MAX_TENSORS), is_capturing()
     )
     double = any(grad.dtype == torch.float64 for grad in grads)
     sums = torch.empty((table.chunks, 3), dtype=torch.float64 if double else torch.float32, device=device)
     norm = torch.empty((), dtype=sums.dtype, device=device)
-    stream = current_stream(device)
     for dtype, segment in table.segments:
         addresses = _addresses([grads[i] for i in segment.tensors], dtype)
         launcher.norm_chunks(
@@ -245,8 +249,9 @@ def _pack(hypers: Sequence[Hyperparameters], dtype: torch.dtype, device: torch.d
     for hyper in hypers:
         lr, address = hyper.lr, 0
         if isinstance(lr, Tensor):
-            if lr.device == device:  # read there, when the kernel runs: a captured graph sees what it is then
-                rates.append(lr.to(dtype))
+            if lr.device == device or lr.device.type != "cpu":
+                # Read there, when the kernel runs: nothing waits for it, and a captured graph sees what it is then.
+                rates.append(lr.to(device, dtype, non_blocking=True))
                 lr, address = 0.0, rates[-1].data_ptr()
             else:
                 lr = lr.item()

@@ -197,12 +197,16 @@ class _MaxVA(Optimizer):
         """
         # Registered only now, it runs after the user's pre-hooks, which may replace the dict.
         hook = self.register_load_state_dict_pre_hook(checkpoint.wrap)
+        rates = [group["lr"] for group in self.param_groups]
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        for group in self.param_groups:
-            self._place_lr(group)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            if self.capturable:  # in place, where schedulers and graphs know it
+                group["lr"] = rate.copy_(torch.as_tensor(group["lr"]).reshape(rate.shape))
+            else:
+                self._place_lr(group)
 
     def _place_lr(self, group: dict[str, Any]) -> None:
         """Has a group's learning rate where its parameters' kernels can read it."""

@@ -8,6 +8,7 @@ in it.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -44,11 +45,13 @@ class Segment:
     def __init__(self, tensors: list[int], rows: list[list[int]], chunk_counts: list[int], device: torch.device):
         self.tensors = tensors
         self.chunks = sum(chunk_counts)
-        chunk_rows = torch.repeat_interleave(torch.arange(len(rows), dtype=torch.int32), torch.tensor(chunk_counts))
-        chunk_rows = torch.nn.functional.pad(chunk_rows, (0, self.chunks % 2)).view(torch.int64)
-        ticket = torch.zeros(1, dtype=torch.int64)
+        with torch.device("cpu"):  # whatever the default is
+            indices = torch.arange(len(rows), dtype=torch.int32)
+            chunk_rows = torch.repeat_interleave(indices, torch.tensor(chunk_counts))
+            chunk_rows = torch.nn.functional.pad(chunk_rows, (0, self.chunks % 2)).view(torch.int64)
+            ticket = torch.zeros(1, dtype=torch.int64)
+            memory = torch.cat([torch.tensor(rows, dtype=torch.int64).flatten(), ticket, chunk_rows])
         # The copy is ordered before the launches on this stream, and so before all that the user orders after them.
-        memory = torch.cat([torch.tensor(rows, dtype=torch.int64).flatten(), ticket, chunk_rows])
         self.memory = memory.to(device, non_blocking=True)
         self.rows = self.memory.data_ptr()
         self.ticket = self.rows + 8 * len(rows) * len(rows[0])
@@ -179,6 +182,7 @@ class TableCache(Generic[Table]):
 
     def __init__(self, room: int = 4096):
         self._room = room
+        self._lock = threading.RLock()  # optimizers may step in autograd's threads
         self._tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
         self._latest: tuple[tuple[object, ...], Table] | None = None
         self._kept: dict[int, Table] = {}
@@ -190,6 +194,10 @@ class TableCache(Generic[Table]):
         Raises:
             RuntimeError: it is not there and cannot be made, because a CUDA graph is being captured.
         """
+        with self._lock:
+            return self._find(key, make, capturing)
+
+    def _find(self, key: tuple[object, ...], make: Callable[[], Table], capturing: bool) -> Table:
         if self._latest is not None and self._latest[0] == key:  # nearly always, and without a hash
             table = self._latest[1]
         elif key in self._tables:

@@ -69,8 +69,12 @@ def cannot_simulate(backend: str) -> str | None:
     return None if importlib.util.find_spec("triton") else "no GPU, and no Triton to simulate one"
 
 
-def backend_params(*, oracle: bool = True) -> list:
-    """The backends as pytest parameters; one that cannot run here is skipped with its own reason."""
+def backend_params(*, oracle: bool = True, simulate: bool = True) -> list:
+    """The backends as pytest parameters; one that cannot run here is skipped with its own reason.
+
+    With simulate=False what needs a GPU is not simulated: for runs of hundreds of steps, which would take minutes. The
+    simulated kernels' bits are the CPU kernel's, step by step, in test_gpu_kernels.py.
+    """
     params = []
     for name in BACKENDS:
         if name == "reference" and not oracle:
@@ -79,7 +83,7 @@ def backend_params(*, oracle: bool = True) -> list:
         marks = [pytest.mark.gpu] if device.type == "cuda" else []
         reason = why_not(name, device)
         if name in ("cuda", "triton") and device.type == "cpu":
-            reason = cannot_simulate(name)
+            reason = cannot_simulate(name) if simulate else "no GPU, and too long a run to simulate one"
             marks.append(pytest.mark.simulated(name))
         if reason is not None:
             marks.append(pytest.mark.skip(reason=reason))

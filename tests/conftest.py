@@ -1,16 +1,58 @@
 """Where a test asks for a backend that needs a GPU and there is none, its kernels are simulated."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import pytest
+from cases import cannot_simulate
+
+
+def _install(backend: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
+    """Has that backend drive CPU tensors by simulation; gives its launcher."""
+    if reason := cannot_simulate(backend):
+        pytest.skip(reason)
+    if backend == "cuda":
+        from simulated_cuda import SimulatedLauncher, install
+
+        launcher: Any = SimulatedLauncher(**options)
+        install(launcher, monkeypatch)
+    else:
+        from simulated_triton import SimulatedTriton, install_triton
+
+        launcher = SimulatedTriton(**options)
+        install_triton(launcher, monkeypatch)
+    return launcher
 
 
 @pytest.fixture(autouse=True)
-def _simulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _simulated_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     marker = request.node.get_closest_marker("simulated")
-    if marker and marker.args == ("cuda",):
-        from simulated_cuda import SimulatedLauncher, install
+    if marker and marker.args:
+        _install(*marker.args, monkeypatch)
 
-        install(SimulatedLauncher(), monkeypatch)
-    elif marker:
-        from simulated_triton import SimulatedTriton, install_triton
 
-        install_triton(SimulatedTriton(), monkeypatch)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what simulates GPU kernels by itself too, so that `-m "not simulated"` leaves all of that out."""
+    for item in items:
+        if {"simulate", "simulate_cuda"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("simulated")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def simulate(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Simulates each GPU backend: a function from a launcher's options to that launcher, at work."""
+    return lambda **options: _install(request.param, monkeypatch, **options)
+
+
+@pytest.fixture
+def simulated(simulate: Callable[..., Any]) -> Any:
+    """The launcher of each simulated GPU backend."""
+    return simulate()
+
+
+@pytest.fixture
+def simulate_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """As `simulate`, for what the CUDA kernels alone have."""
+    return lambda **options: _install("cuda", monkeypatch, **options)

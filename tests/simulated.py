@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from ptxsim import Buffer, Device, Stats
+from ptxsim import Buffer, Device, Module, Stats
 
 from maxva_kernels import gpu
 from maxva_kernels.backends import registry
@@ -75,7 +75,7 @@ def total_ranges(double: bool, sums: int, chunks: int, norm: int) -> list[Range]
     return [("sums", sums, chunks * SUMS * wide), ("norm", norm, wide)]
 
 
-def mapped(ranges: Iterable[Range]) -> tuple[Device, dict[str, Buffer]]:
+def _mapped(ranges: Iterable[Range]) -> tuple[Device, dict[str, Buffer]]:
     """A device that may touch these, and its buffers by name. Names may share a range, as groups a learning rate."""
     device, buffers, seen = Device(), {}, {}
     for name, address, nbytes in ranges:
@@ -97,6 +97,41 @@ class Launch:
     def buffers_of(self, name: str) -> list[Buffer]:
         """The buffers "name0", "name1", ..."""
         return [buffer for key, buffer in self.buffers.items() if re.fullmatch(rf"{name}\d+", key)]
+
+    def bytes_of(self, kind: str, name: str) -> int:
+        """Bytes moved by "ld", "st" or "atom" to or from the buffers "name", "name0", "name1", ..."""
+        moved = self.stats.buffer_bytes.items()
+        return sum(count for (key, what), count in moved if what == kind and re.fullmatch(rf"{name}\d*", key))
+
+
+class Simulation:
+    """What a simulated launcher has besides the launcher's functions.
+
+    Args:
+        blocks: how many blocks a launch has at most.
+        track: count the accesses of each byte (`Buffer.reads`, `Buffer.writes`).
+        seed: shuffles the order of the blocks.
+    """
+
+    backend: str  # the name of the backend that it stands in for
+
+    def __init__(self, *, blocks: int = 3, track: bool = False, seed: int | None = None):
+        self.blocks, self.track, self.seed = blocks, track, seed
+        self.max_lanes = 1 << 15  # threads that run side by side; with those of one block, blocks run one by one
+        self.max_steps = 50_000_000  # of what runs side by side, to end an endless loop
+        self.launches: list[Launch] = []
+        self.only: dict[str, tuple[int, int]] = {}  # by a buffer's name: the address and size of what there is of it
+
+    def simulate(
+        self, name: str, module: Module, entry: str, chunks: int, threads: int, arguments: list,
+        ranges: Iterable[Range], **options: object,
+    ) -> None:  # fmt: skip
+        """Runs a launch that may touch these ranges of memory."""
+        device, buffers = _mapped((name, *self.only.get(name, (address, size))) for name, address, size in ranges)
+        blocks = max(1, min(chunks, self.blocks))
+        given = {"track": self.track, "seed": self.seed, "max_lanes": self.max_lanes, "max_steps": self.max_steps}
+        stats = module.launch(entry, blocks, threads, arguments, device, **given, **options)
+        self.launches.append(Launch(name, stats, buffers))
 
 
 def install_launcher(backend: object, launcher: object, monkeypatch: pytest.MonkeyPatch) -> None:

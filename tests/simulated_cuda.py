@@ -8,25 +8,19 @@ device's.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import functools
 import re
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from cases import set_grads, states
-from ptxsim import Buffer, Device, Module, Stats
+from ptxsim import Module
+from simulated import SIZES, Simulation, install_launcher, norm_ranges, step_ranges, total_ranges
 
-from maxva_kernels import gpu
-from maxva_kernels.backends import cuda, registry
-from maxva_kernels.tensor_table import NORM_COLUMNS, STEP_COLUMNS
+from maxva_kernels.backends import cuda
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
@@ -38,7 +32,6 @@ needs_compilers = pytest.mark.skipif(
     shutil.which("nvcc") is None or shutil.which("g++") is None, reason="nvcc or g++ is not installed"
 )
 
-SIZES = {0: 4, 1: 8, 2: 2, 3: 2}  # bytes of a dtype, by its code (csrc/dtype.h)
 TYPE_NAMES = {0: "float", 1: "double", 2: "maxva::Half", 3: "maxva::BFloat16"}
 
 
@@ -115,48 +108,22 @@ def constant(name: str) -> int:
     return ctypes.c_int64.in_dll(bridge(), name).value
 
 
-def words(address: int, count: int, dtype: type = np.int64) -> np.ndarray:
-    """Memory of this process as an array."""
-    if count == 0:
-        return np.zeros(0, dtype)
-    return np.frombuffer((ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(address), dtype)
-
-
 def _stack_memory(nbytes: int) -> ctypes.Array:
     """A launch before it is filled: what is not filled stays garbage, as in the compiled module."""
     return ctypes.create_string_buffer(b"\xa5" * nbytes, nbytes)
 
 
-@dataclass
-class Launch:
-    """A launch that has been made."""
-
-    kernel: str
-    stats: Stats
-    buffers: dict[str, Buffer]
-
-    def buffers_of(self, name: str) -> list[Buffer]:
-        """The buffers "name0", "name1", ..."""
-        return [buffer for key, buffer in self.buffers.items() if re.fullmatch(rf"{name}\d+", key)]
-
-    def bytes_of(self, kind: str, name: str) -> int:
-        """Bytes moved by "ld", "st" or "atom" to or from the buffers "name", "name0", "name1", ..."""
-        moved = self.stats.buffer_bytes.items()
-        return sum(count for (key, what), count in moved if what == kind and re.fullmatch(rf"{name}\d*", key))
-
-
-class SimulatedLauncher:
+class SimulatedLauncher(Simulation):
     """Has the functions of `_C_cuda`."""
 
-    def __init__(self, *, blocks: int = 3, arch: str = ARCH, track: bool = False, seed: int | None = None):
+    backend = "cuda"
+
+    def __init__(self, *, arch: str = ARCH, **options):
+        super().__init__(**options)
         self.MAX_TENSORS, self.MAX_GROUPS = constant("max_tensors"), constant("max_groups")
         self.STEP_CHUNK, self.NORM_CHUNK = constant("step_chunk"), constant("norm_chunk")
-        self.blocks, self.arch, self.track, self.seed = blocks, arch, track, seed
-        self.max_lanes = 1 << 15  # threads that run side by side; with those of one block, blocks run one by one
-        self.max_steps = 50_000_000  # of what runs side by side, to end an endless loop
-        self.launches: list[Launch] = []
+        self.arch = arch
         self.replace_module: dict[str, Module] = {}  # by source: a mutant in its place
-        self.only: dict[str, tuple[int, int]] = {}  # by a buffer's name: the address and size of what there is of it
 
     def probe(self, device: int) -> None:
         pass
@@ -174,26 +141,9 @@ class SimulatedLauncher:
         launch = _stack_memory(constant("step_launch_double_bytes" if twice else "step_launch_bytes"))
         bridge().fill_step(launch, ctypes.c_bool(twice), ctypes.byref(given))
 
-        wide = 8 if twice else 4
-        table = words(rows, tensors * len(STEP_COLUMNS)).reshape(tensors, len(STEP_COLUMNS))
-        ranges = [
-            ("rows", rows, table.nbytes),
-            ("chunk_rows", chunk_rows, 4 * chunks),
-            ("ticket", ticket, 4),
-            *(("grad_scale", grad_scale, wide), ("found_inf", found_inf, wide), ("grad_norm", grad_norm, wide)),
-        ]
-        for i, (row, address) in enumerate(zip(table, np.frombuffer(grads, np.uint64), strict=True)):
-            if address == 0:
-                continue  # nothing of this tensor may be touched
-            numel = int(row[STEP_COLUMNS.index("numel")])
-            ranges.append((f"grad{i}", int(address), numel * SIZES[grad]))
-            ranges.append((f"step{i}", int(row[STEP_COLUMNS.index("step")]), 8))
-            ranges.append((f"param{i}", int(row[0]), numel * SIZES[param]))
-            for name in ("exp_avg", "grad_mean", "grad_var", "weight_sum", "max_denom"):
-                if row[STEP_COLUMNS.index(name)]:
-                    ranges.append((f"{name}{i}", int(row[STEP_COLUMNS.index(name)]), numel * wide))
-        rates = np.frombuffer(groups, np.uint64).reshape(group_count, -1)[:, 1]
-        ranges += [(f"lr{g}", int(address), wide) for g, address in enumerate(rates)]
+        ranges = step_ranges(
+            param, grad, rows, chunk_rows, chunks, ticket, groups, grads, grad_scale, found_inf, grad_norm
+        )
         self._run(*step_entry(param, grad, laprop), constant("step_threads"), chunks, [launch.raw], ranges)
 
     def norm_chunks(self, device, stream, grad, double, rows, chunk_rows, chunks, grads, sums):
@@ -201,123 +151,21 @@ class SimulatedLauncher:
         given = NormInput(rows, chunk_rows, chunks, sums, grads, tensors)
         launch = _stack_memory(constant("norm_launch_bytes"))
         bridge().fill_norm(launch, ctypes.c_bool(double), ctypes.byref(given))
-        wide = 8 if double else 4
-        table = words(rows, tensors * len(NORM_COLUMNS)).reshape(tensors, len(NORM_COLUMNS))
-        ranges = [("rows", rows, table.nbytes), ("chunk_rows", chunk_rows, 4 * chunks)]
-        for i, ((numel, _, first_sum), address) in enumerate(zip(table, np.frombuffer(grads, np.uint64), strict=True)):
-            ranges.append((f"grad{i}", int(address), int(numel) * SIZES[grad]))
-            count = -(-int(numel) // constant("norm_chunk"))
-            ranges.append((f"sums{i}", sums + int(first_sum) * 3 * wide, count * 3 * wide))
+        ranges = norm_ranges(grad, double, rows, chunk_rows, chunks, grads, sums, self.NORM_CHUNK)
         threads = constant("norm_lanes") * SIZES[grad] // 16
         entry = f"norm_chunks_kernel<{'double' if double else 'float'}, {TYPE_NAMES[grad]}>"
         self._run("grad_norm", entry, threads, chunks, [launch.raw], ranges)
 
     def norm_total(self, device, stream, double, sums, chunks, norm):
-        wide = 8 if double else 4
-        ranges = [("sums", sums, chunks * 3 * wide), ("norm", norm, wide)]
-        name = "double" if double else "float"
-        self._run("grad_norm", f"norm_total_kernel<{name}>", 1024, 1, [sums, chunks, norm], ranges)
+        entry = f"norm_total_kernel<{'double' if double else 'float'}>"
+        self._run("grad_norm", entry, 1024, 1, [sums, chunks, norm], total_ranges(double, sums, chunks, norm))
 
     def _run(self, source, entry, threads, chunks, arguments, ranges):
-        device, buffers, seen = Device(), {}, {}
-        for name, address, nbytes in ranges:
-            address, nbytes = self.only.get(name, (address, nbytes))
-            if address == 0 or nbytes == 0:
-                continue
-            if (address, nbytes) not in seen:  # two groups may share a learning rate
-                seen[address, nbytes] = device.map(address, nbytes, name)
-            buffers[name] = seen[address, nbytes]
         parsed, entries = module(source, self.arch)
         parsed = self.replace_module.get(source, parsed)
-        stats = parsed.launch(
-            entries[entry],
-            max(1, min(chunks, self.blocks)),
-            threads,
-            arguments,
-            device,
-            track=self.track,
-            racecheck=True,
-            seed=self.seed,
-            max_lanes=self.max_lanes,
-            max_steps=self.max_steps,
-        )
-        self.launches.append(Launch(entry, stats, buffers))
-
-
-@pytest.fixture
-def simulated(monkeypatch):
-    """The backend "cuda" on CPU tensors, by simulation; gives its launcher."""
-    launcher = SimulatedLauncher()
-    install(launcher, monkeypatch)
-    return launcher
+        self.simulate(entry, parsed, entries[entry], chunks, threads, arguments, ranges, racecheck=True)
 
 
 def install(launcher: SimulatedLauncher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the backend "cuda" drive CPU tensors through this launcher."""
-    monkeypatch.setattr(cuda, "why_not", lambda device: None)
-    monkeypatch.setattr(cuda, "_launcher", lambda: launcher)
-    monkeypatch.setattr(gpu, "current_stream", lambda device: 0)
-    monkeypatch.setattr(gpu, "is_capturing", lambda: False)
-    monkeypatch.setattr(registry, "_selected", {})
-    monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)())
-    monkeypatch.setattr(gpu, "norm_tables", type(gpu.norm_tables)())
-
-
-def same_as_cpu(tensors: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(tensors, others, strict=True))
-
-
-def at_offset(tensor: torch.Tensor, elements: int) -> torch.Tensor:
-    """A copy that begins so many elements behind where packets begin, as a view of a flat buffer may."""
-    flat = tensor.new_zeros(elements + tensor.numel())
-    assert flat.data_ptr() % 16 == 0
-    return flat[elements:].copy_(tensor.detach())
-
-
-def move(param: torch.nn.Parameter, state: dict[str, torch.Tensor], offsets: dict[str, int]) -> None:
-    """Has a parameter, its gradient and its state begin at these offsets; names as in `Launch.buffers`."""
-    param.data = at_offset(param.data, offsets.get("param", 0))
-    param.grad = at_offset(param.grad, offsets.get("grad", 0))
-    for name, value in state.items():
-        if name != "step":
-            state[name] = at_offset(value, offsets.get(name, 0))
-
-
-def with_twin(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    """An optimizer, and a copy of it that steps by the CPU kernels."""
-    twin = copy.deepcopy(optimizer)
-    twin.backend = "cpu"
-    return optimizer, twin
-
-
-def step_both(
-    pair: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
-    step: int = 0,
-    dtype: torch.dtype | None = None,
-    offsets: list[dict[str, int]] | None = None,
-) -> None:
-    """One step of both; the first one's tensors begin at these offsets. The results must be identical."""
-    for optimizer in pair:
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        set_grads(params, step, dtype=dtype)
-        if offsets is not None and optimizer is pair[0]:
-            for param, its_offsets in zip(params, offsets, strict=True):
-                move(param, optimizer.state[param], its_offsets)
-        optimizer.step()
-    assert_identical(*pair)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bits as integers, with one kind of NaN."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return torch.where(tensor.isnan(), torch.nan, tensor).view(integers) if tensor.is_floating_point() else tensor
-
-
-def assert_identical(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
-    """Parameters and states have the same bits, which tells 0 from -0; NaN equals NaN."""
-    left, right = dict(states(a)), dict(states(b))
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value.dtype == right[name].dtype
-        differ = bits(value.detach()) != bits(right[name].detach())
-        assert not differ.any(), f"{name}: {int(differ.sum())} elements, first {int(differ.flatten().nonzero()[0])}"
+    install_launcher(cuda, launcher, monkeypatch)

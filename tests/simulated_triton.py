@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ptxsim import Module
-from simulated import Launch, Range, install_launcher, mapped, norm_ranges, step_ranges, total_ranges
+from simulated import Range, Simulation, install_launcher, norm_ranges, step_ranges, total_ranges
 
 from maxva_kernels.backends import triton as backend
 
@@ -42,15 +42,15 @@ def _module(kernel: Any, constants: tuple[tuple[str, Any], ...], capability: int
     return Module(compiled(kernel, constants, capability).asm["ptx"])
 
 
-class SimulatedTriton(TritonLauncher):
+class SimulatedTriton(Simulation, TritonLauncher):
     """A `TritonLauncher` whose launches are simulated."""
 
-    def __init__(
-        self, *, programs: int = 3, capability: int = CAPABILITY, track: bool = False, seed: int | None = None
-    ):
-        super().__init__("cpu")
-        self.programs, self.capability, self.track, self.seed = programs, capability, track, seed
-        self.launches: list[Launch] = []
+    backend = "triton"
+
+    def __init__(self, *, capability: int = CAPABILITY, **options):
+        Simulation.__init__(self, **options)
+        TritonLauncher.__init__(self, "cpu")
+        self.capability = capability
         self._ranges: list[Range] = []
 
     def step(
@@ -60,42 +60,42 @@ class SimulatedTriton(TritonLauncher):
         self._ranges = step_ranges(
             param, grad, rows, chunk_rows, chunks, ticket, groups, grads, grad_scale, found_inf, grad_norm
         )
-        super().step(
+        TritonLauncher.step(
+            self,
             device, stream, param, grad, laprop, rows, chunk_rows, chunks, ticket, groups, grads,
             grad_scale, found_inf, grad_norm, max_grad_norm,
         )  # fmt: skip
 
     def norm_chunks(self, device, stream, grad, double, rows, chunk_rows, chunks, grads, sums):
         self._ranges = norm_ranges(grad, double, rows, chunk_rows, chunks, grads, sums, self.NORM_CHUNK)
-        super().norm_chunks(device, stream, grad, double, rows, chunk_rows, chunks, grads, sums)
+        TritonLauncher.norm_chunks(self, device, stream, grad, double, rows, chunk_rows, chunks, grads, sums)
 
     def norm_total(self, device, stream, double, sums, chunks, norm):
         self._ranges = total_ranges(double, sums, chunks, norm)
-        super().norm_total(device, stream, double, sums, chunks, norm)
+        TritonLauncher.norm_total(self, device, stream, double, sums, chunks, norm)
 
     def _send(self, data, device):
-        sent = super()._send(data, device)
+        sent = TritonLauncher._send(self, data, device)
         self._ranges.append(("sent", sent.data_ptr(), 8 * sent.numel()))
         return sent
 
     def run(self, kernel, chunks, device, arguments, constants):
-        device, buffers = mapped(self._ranges)
         constants = tuple(sorted(constants.items()))
         metadata = compiled(kernel, constants, self.capability).metadata
-        stats = _module(kernel, constants, self.capability).launch(
+        module = _module(kernel, constants, self.capability)
+        self.simulate(
             metadata.name,
-            max(1, min(chunks, self.programs)),
+            module,
+            metadata.name,
+            chunks,
             32 * metadata.num_warps,
             list(arguments),
-            device,
+            self._ranges,
             shared_bytes=metadata.shared,
             pad_args=True,
-            track=self.track,
-            seed=self.seed,
             # Where several threads of a program hold a value, Triton has all of them store it: no race that matters.
             racecheck=False,
         )
-        self.launches.append(Launch(metadata.name, stats, buffers))
 
 
 def install_triton(launcher: SimulatedTriton, monkeypatch: pytest.MonkeyPatch) -> None:

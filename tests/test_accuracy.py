@@ -41,7 +41,7 @@ def follow(gradients, beta2_range, backend):
         yield g.double(), before, after, beta, exact
 
 
-@pytest.mark.parametrize("backend", backend_params(oracle=False))
+@pytest.mark.parametrize("backend", backend_params(oracle=False, simulate=False))
 @pytest.mark.parametrize("beta2_range", [(0.5, 0.999), (0.5, 0.9)], ids=["unsaturated", "saturating"])
 def test_v_and_beta_at_every_scale(beta2_range, backend):
     scales = torch.tensor(SCALES, dtype=torch.float64)[:, None, None]
@@ -82,7 +82,7 @@ def test_v_and_beta_at_every_scale(beta2_range, backend):
     assert saturated_once == (beta2_range[1] == 0.9)
 
 
-@pytest.mark.parametrize("backend", backend_params(oracle=False))
+@pytest.mark.parametrize("backend", backend_params(oracle=False, simulate=False))
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_gradients_that_are_not_noise(scale, backend):
     """Constant, zero, alternating, one spike among small ones: v within its bound, exact where nothing varies."""
@@ -99,7 +99,7 @@ def test_gradients_that_are_not_noise(scale, backend):
         assert ((v - target).abs() <= 1e-4 * target).all()
 
 
-@pytest.mark.parametrize("backend", backend_params(oracle=False))
+@pytest.mark.parametrize("backend", backend_params(oracle=False, simulate=False))
 def test_zero_gradients_move_nothing(backend):
     param = torch.nn.Parameter(torch.ones(100, device=device_of(backend)))
     optimizer = MAdam([param], backend=backend)
@@ -109,7 +109,7 @@ def test_zero_gradients_move_nothing(backend):
     assert torch.equal(param.detach(), torch.ones_like(param))
 
 
-@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("backend", backend_params(simulate=False))
 def test_moments_never_become_subnormal(backend):
     """A coordinate that stopped getting gradients: its moments end at 0 and not below the smallest normal number."""
     param = torch.nn.Parameter(torch.ones(64, device=device_of(backend)))

@@ -27,6 +27,7 @@ OBSTACLES = [
     pytest.param({"nvcc": (12, 8)}, None, "nvcc 12.8 in /opt/cuda cannot build for torch", id="older major"),
     pytest.param({"nvcc": (14, 0)}, None, "nvcc 14.0 in /opt/cuda cannot build for torch", id="newer major"),
     pytest.param({"nvcc": (13, 2)}, None, None, id="other minor"),
+    pytest.param({"nvcc": (12, 0), "torch_cuda": "12.6"}, None, "nvcc 12.0 in /opt/cuda is too old", id="before 12.1"),
     pytest.param({"cuda_sources": False}, None, "no CUDA kernels (csrc/cuda)", id="no CUDA sources"),
     pytest.param({}, None, None, id="nothing missing"),
 ]

@@ -11,28 +11,26 @@ import gc
 import pytest
 import torch
 from cases import ALGORITHMS, BASE, OPTIONS, assert_same_bits, make_params, run, set_grads, states
-from simulated_cuda import needs_compilers, simulated  # noqa: F401 - a fixture
 from torch.nn import Parameter
 
 from maxva_kernels import MAdam, gpu, gpu_ops
+from maxva_kernels.backends.registry import select
 from maxva_kernels.groups import Group, Hyperparameters, Scaling, TensorLists
-
-pytestmark = needs_compilers
 
 SHAPES = ((3, 5), 70, (2, 2, 2, 2))
 
 
 @pytest.fixture(autouse=True)
-def launcher(simulated):  # noqa: F811
+def launcher(simulated):
     return simulated
 
 
 class Pair:
     """The same run by the simulated GPU and by the CPU kernels, which must agree after every step."""
 
-    def __init__(self, **options):
+    def __init__(self, launcher, **options):
         options = {**BASE, **options}
-        self.ours = MAdam(make_params(SHAPES), backend="cuda", **options)
+        self.ours = MAdam(make_params(SHAPES), backend=launcher.backend, **options)
         self.theirs = MAdam(make_params(SHAPES), backend="cpu", **options)
         self.count = 0
 
@@ -55,8 +53,8 @@ class Pair:
 
 
 @pytest.fixture
-def pair():
-    pair = Pair()
+def pair(launcher):
+    pair = Pair(launcher)
     assert pair.step() == 1
     return pair
 
@@ -86,9 +84,9 @@ def test_no_gradient_at_all(pair, launcher):
     assert len(launcher.launches) == launches
 
 
-def test_parameter_that_joins_late():
+def test_parameter_that_joins_late(launcher):
     """Guards against a table that misses a parameter whose first gradient comes later; one new table, then none."""
-    pair = Pair()
+    pair = Pair(launcher)
     assert [pair.step([1]), pair.step([1]), pair.step(), pair.step(), pair.step([1])] == [1, 0, 1, 0, 0]
 
 
@@ -169,16 +167,16 @@ def test_changes_that_need_no_table(pair):
     assert pair.step() == 0
 
 
-def test_optimizers_take_turns():
+def test_optimizers_take_turns(launcher):
     """Guards against one optimizer's table driving out another's, as with two networks trained in turns."""
-    pairs = [Pair(), Pair()]
+    pairs = [Pair(launcher), Pair(launcher)]
     assert [pair.step() for pair in pairs * 3] == [1, 1, 0, 0, 0, 0]
 
 
-def test_room_is_limited(monkeypatch):
+def test_room_is_limited(monkeypatch, launcher):
     """Guards against tables kept for ever, and against a table that is gone and not made again."""
     monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)(room=2))
-    pairs = [Pair(), Pair(), Pair()]
+    pairs = [Pair(launcher), Pair(launcher), Pair(launcher)]
     assert [pair.step() for pair in pairs + pairs] == [1] * 6
     assert [pairs[2].step(), pairs[1].step(), pairs[2].step(), pairs[0].step(), pairs[2].step()] == [0, 0, 0, 1, 0]
 
@@ -194,16 +192,18 @@ def test_table_holds_no_tensors(pair):
     assert not any(reference() for reference in watched)
 
 
-def test_norm_tables_depend_on_sizes_only():
+def test_norm_tables_depend_on_sizes_only(launcher):
     """Guards against a table of the norm for each set of gradients."""
     grads = [torch.randn(n) for n in (70, 40_000, 3)]
     first = gpu.norm_tables.made
-    optimizer = MAdam([Parameter(torch.randn(n)) for n in (70, 40_000, 3)], backend="cuda", max_grad_norm=1.0)
+    optimizer = MAdam([Parameter(torch.randn(n)) for n in (70, 40_000, 3)], backend=launcher.backend, max_grad_norm=1.0)
     run(optimizer, last=3)
     assert gpu.norm_tables.made == first + 1
     from maxva_kernels import functional
 
-    assert torch.equal(functional.grad_norm(grads, backend="cuda"), functional.grad_norm(grads, backend="cpu"))
+    assert torch.equal(
+        functional.grad_norm(grads, backend=launcher.backend), functional.grad_norm(grads, backend="cpu")
+    )
     assert gpu.norm_tables.made == first + 1
 
 
@@ -211,13 +211,24 @@ def test_launches(launcher):
     """Guards against a launch for each tensor or group: one for the step, two for the norm, whatever the modes."""
     params = make_params(range(1, 30))
     groups = [{"params": params[i::3], **extra} for i, extra in enumerate(({}, {"amsgrad": True}, OPTIONS["l2"]))]
-    optimizer = MAdam(groups, **BASE, backend="cuda", max_grad_norm=1.0)
+    optimizer = MAdam(groups, **BASE, backend=launcher.backend, max_grad_norm=1.0)
     run(optimizer, last=1)
     assert [launch.kernel.split("<")[0] for launch in launcher.launches] == [
         "norm_chunks_kernel",
         "norm_total_kernel",
         "step_kernel",
     ]
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_default_device_makes_no_difference(max_grad_norm, launcher):
+    """Guards host tensors made where torch.set_default_device says."""
+    pair = Pair(launcher, max_grad_norm=max_grad_norm)
+    for optimizer in (pair.ours, pair.theirs):
+        set_grads(params_of(optimizer), 0)
+        with torch.device("meta"):
+            optimizer.step()
+    assert_same_bits(pair.ours, pair.theirs)
 
 
 # --- CUDA graphs: what can be tested without one --------------------------------------------------------------------
@@ -250,12 +261,12 @@ def test_captured_tables_are_kept(pair, monkeypatch):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_capturable_gives_the_same_bits(algorithm, dtype):
+def test_capturable_gives_the_same_bits(algorithm, dtype, launcher):
     """Guards against a learning rate on the device that is rounded otherwise, or not followed by its schedule."""
     runs = []
     for capturable in (False, True):
         params = make_params(SHAPES, dtype=dtype)
-        optimizer = algorithm(params, **BASE, capturable=capturable, backend="cuda")
+        optimizer = algorithm(params, **BASE, capturable=capturable, backend=launcher.backend)
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
         rate = optimizer.param_groups[0]["lr"]
         for step in range(4):
@@ -268,10 +279,10 @@ def test_capturable_gives_the_same_bits(algorithm, dtype):
     assert_same_bits(*runs)
 
 
-def test_capturable_and_checkpoints():
+def test_capturable_and_checkpoints(launcher):
     """Guards against a learning rate left as a float by a checkpoint where a graph reads a tensor, or the reverse."""
-    plain = run(MAdam(make_params(SHAPES), **BASE, backend="cuda"))
-    capturable = run(MAdam(make_params(SHAPES), **BASE, capturable=True, backend="cuda"))
+    plain = run(MAdam(make_params(SHAPES), **BASE, backend=launcher.backend))
+    capturable = run(MAdam(make_params(SHAPES), **BASE, capturable=True, backend=launcher.backend))
     saved = copy.deepcopy(plain.state_dict()), copy.deepcopy(capturable.state_dict())
     plain.load_state_dict(saved[1])
     capturable.load_state_dict(saved[0])
@@ -299,15 +310,13 @@ def test_operator_on_gpu_tensors(launcher):
     assert torch.equal(gpu_ops.grad_norm(grads), torch.ops.maxva.grad_norm.default(grads))
 
 
-def test_gradients_on_another_device():
+def test_gradients_on_another_device(launcher):
     """Guards against an address of other memory given to a kernel."""
     params = [torch.zeros(3) for _ in range(2)]
     zeros = [[torch.zeros(3) for _ in range(2)] for _ in range(4)]
     lists = TensorLists(params, [torch.ones(3), torch.ones(3, device="meta")], *zeros)
     lists.steps = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
     group = Group(Hyperparameters(lr=0.1, beta1=0.9, beta2_range=(0.5, 0.9), eps=1e-8, weight_decay=0.0), lists)
-    from maxva_kernels.backends import cuda
-
     with pytest.raises(RuntimeError, match=r"grads\[1\] .*meta.* must be on the device"):
-        cuda.step([group], False, Scaling())
+        select(launcher.backend, torch.device("cpu")).step([group], False, Scaling())
     assert all((tensor == 0).all() for tensor in [*params, *lists.steps])

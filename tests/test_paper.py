@@ -97,7 +97,7 @@ def test_beta_maximises_the_variance(g, u, s, w, lower, width):
     assert variance[-1] >= variance.max() - 1e-12 * (g**2 + u**2 + s)
 
 
-@pytest.mark.parametrize("backend", backend_params())
+@pytest.mark.parametrize("backend", backend_params(simulate=False))
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("beta2", [0.9, 0.98])
 def test_equal_bounds_are_adam(beta2, decoupled, backend):

@@ -70,7 +70,7 @@ def test_step_is_the_papers(algorithm, option, dtype, backend):
         assert_same_step(optimizer, oracle, dtype, f"step {step}")
 
 
-@pytest.mark.parametrize("backend", backend_params(oracle=False))
+@pytest.mark.parametrize("backend", backend_params(oracle=False, simulate=False))
 @pytest.mark.parametrize("grad_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

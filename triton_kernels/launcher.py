@@ -46,7 +46,9 @@ class TritonLauncher:
 
     def __init__(self, device_type: str = "cuda"):
         self._device_type = device_type
-        self._pinned = torch.empty(0, dtype=torch.int64)  # what is left for captures; it cannot be had during one
+        self._pinned = torch.empty(
+            0, dtype=torch.int64, device="cpu"
+        )  # what is left for captures; it cannot be had during one
         self._captured: list[torch.Tensor] = []  # what captured graphs copy from at each replay
 
     def step(
@@ -130,7 +132,8 @@ class TritonLauncher:
             if torch.cuda.is_current_stream_capturing():
                 host = self._pinned_copy(host)
             elif self._pinned.numel() < _COPIES * host.numel():
-                self._pinned = torch.empty(max(_PINNED, 2 * _COPIES * host.numel()), dtype=torch.int64, pin_memory=True)
+                words = max(_PINNED, 2 * _COPIES * host.numel())
+                self._pinned = torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True)
         return host.to(torch.device(self._device_type, device), non_blocking=True)
 
     def _pinned_copy(self, host: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
 // The Python module maxva_kernels._C_cuda: fills the arguments of the kernels and launches them on a stream. It takes
-// addresses, sizes and scalars; tensors are known to Python alone (maxva_kernels/gpu_step.py, gpu_norm.py).
+// addresses, sizes and scalars; tensors are known to Python alone (maxva_kernels/gpu.py).
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <cuda_runtime_api.h>
@@ -49,15 +49,15 @@ class DeviceGuard {
 // The blocks of a kernel that the current device can hold at once.
 int64_t resident_blocks(const Kernel& kernel, int device) {
   static std::map<std::pair<const void*, int>, int64_t> known;  // the interpreter's lock guards it
-  const auto [entry, is_new] = known.try_emplace({kernel.function, device}, 0);
-  if (is_new) {
-    int multiprocessors = 0, blocks = 0;
-    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "asking the device");
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads, 0),
-               "finding a kernel for this device");
-    entry->second = int64_t(multiprocessors) * std::max(blocks, 1);
+  const std::pair<const void*, int> key{kernel.function, device};
+  if (const auto entry = known.find(key); entry != known.end()) {
+    return entry->second;
   }
-  return entry->second;
+  int multiprocessors = 0, blocks = 0;
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "asking the device");
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel.function, kernel.threads, 0),
+             "finding a kernel for this device");
+  return known[key] = int64_t(multiprocessors) * std::max(blocks, 1);
 }
 
 void launch(const Kernel& kernel, int64_t blocks, void** arguments, uint64_t stream) {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -30,7 +29,6 @@ def why_not(device: torch.device) -> str | None:
     return _why_not_device(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@functools.cache
 def _why_not_device(index: int) -> str | None:
     try:
         _launcher().probe(index)

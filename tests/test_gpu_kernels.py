@@ -1,6 +1,6 @@
-"""The CUDA step kernels, as nvcc compiled them, against the CPU's: the same bits for every variant, option, order of
-blocks and architecture. Memory traffic is in test_cuda_traffic.py, sizes and limits in test_cuda_limits.py, the norm in
-test_cuda_norm.py."""
+"""The step kernels of the GPU backends, as nvcc and Triton compiled them, against the CPU's: the same bits for every
+variant, option, order of blocks and architecture. Memory traffic is in test_gpu_traffic.py, sizes and limits in
+test_gpu_limits.py, the norm in test_gpu_norm.py."""
 
 from __future__ import annotations
 
@@ -9,25 +9,14 @@ import re
 import pytest
 import torch
 from cases import ALGORITHMS, BASE, DTYPES, OPTIONS, SIZES, make_params, needs_cpu_kernels
-from simulated_cuda import (
-    CSRC,
-    SimulatedLauncher,
-    assert_identical,
-    bridge,
-    constant,
-    install,
-    needs_compilers,
-    simulated,
-    step_both,
-    step_entry,
-    with_twin,
-)
+from simulated import Simulation
+from simulated_cuda import CSRC, bridge, constant, needs_compilers, step_entry
+from twins import assert_identical, step_both, with_twin
 
 from maxva_kernels import LaMAdam, MAdam, gpu
 from maxva_kernels.tensor_table import NORM_COLUMNS, STEP_COLUMNS
 
-pytestmark = [needs_compilers, needs_cpu_kernels]
-__all__ = ["simulated"]  # a fixture
+pytestmark = needs_cpu_kernels
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Parameters and gradients as the kernels take them, and two pairs that the host converts.
@@ -43,9 +32,13 @@ VARIANTS += [(*pair, o) for pair in KERNEL_PAIRS[1:] + CONVERTED_PAIRS for o in 
 def test_every_variant_gives_the_cpus_bits(algorithm, param_dtype, grad_dtype, option, simulated):
     """Guards each instantiation of the kernel and each mode in it: a wrong formula, conversion, flag or coefficient."""
     simulated.blocks = len(SIZES)  # together, which is faster
-    pair = with_twin(algorithm(make_params(dtype=param_dtype), backend="cuda", **{**BASE, **OPTIONS[option]}))
+    pair = with_twin(
+        algorithm(make_params(dtype=param_dtype), backend=simulated.backend, **{**BASE, **OPTIONS[option]})
+    )
     for step in range(3):
         step_both(pair, step, dtype=grad_dtype)
+    if simulated.backend == "triton":
+        return
     taken = param_dtype if torch.float64 in (param_dtype, grad_dtype) else grad_dtype
     _, entry = step_entry(gpu.DTYPE_CODES[param_dtype], gpu.DTYPE_CODES[taken], algorithm is LaMAdam)
     assert {launch.kernel for launch in simulated.launches if launch.kernel.startswith("step")} == {entry}
@@ -57,7 +50,7 @@ def test_groups_keep_their_own_modes(simulated):
     groups = [{"params": make_params((5, 600), seed=g), **options} for g, options in enumerate(each)]
     for group in groups:
         group.pop("max_grad_norm", None)
-    pair = with_twin(MAdam(groups, backend="cuda"))
+    pair = with_twin(MAdam(groups, backend=simulated.backend))
     for step in range(3):
         step_both(pair, step)
     assert len(simulated.launches) == 3
@@ -72,7 +65,7 @@ def test_special_values(algorithm, dtype, simulated):
     """Guards the side that a NaN takes in each comparison, the flush of subnormals, and signs of zero."""
     values = torch.tensor(SPECIAL, dtype=torch.float64)
     params = [torch.nn.Parameter(torch.cat([torch.ones(len(values)), values, -values]).to(dtype)) for _ in range(2)]
-    pair = with_twin(algorithm(params, backend="cuda", **BASE, amsgrad=True))
+    pair = with_twin(algorithm(params, backend=simulated.backend, **BASE, amsgrad=True))
     for step in range(4):
         for optimizer in pair:
             for i, param in enumerate(optimizer.param_groups[0]["params"]):
@@ -83,20 +76,31 @@ def test_special_values(algorithm, dtype, simulated):
     step_both(pair, 4)
 
 
-@pytest.mark.parametrize("arch", ["sm_75", "sm_80"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_every_16_bit_value_converts_as_on_the_cpu(dtype, arch, monkeypatch):
-    """Guards the conversions, which are instructions on new architectures and emulated on old ones: all values are
-    loaded as parameter and as gradient, and what is stored meets ties, overflow and subnormals."""
-    launcher = SimulatedLauncher(arch=arch, blocks=32)
-    install(launcher, monkeypatch)
+def test_every_16_bit_value_converts_as_on_the_cpu(dtype, simulate):
+    """Guards the conversions: all values are loaded as parameter and as gradient, and what is stored meets ties,
+    overflow and subnormals."""
+    check_conversions(dtype, simulate(blocks=32))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_converts_on_old_architectures(dtype, simulate_cuda):
+    """Guards the conversions where they are emulated, for want of instructions."""
+    check_conversions(dtype, simulate_cuda(arch="sm_75", blocks=32))
+
+
+def check_conversions(dtype: torch.dtype, launcher: Simulation) -> None:
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-    kept = with_twin(MAdam([torch.nn.Parameter(every.clone())], lr=0.0, backend="cuda"))
+    kept = with_twin(MAdam([torch.nn.Parameter(every.clone())], lr=0.0, backend=launcher.backend))
     step_both(kept)
     # Denominators of exactly 1, so that the parameter becomes the rounded gradient.
     exact = torch.cat([every.float() * factor for factor in (1, 1 + 2.0**-12, 1 + 2.0**-9, 1.001)])
-    rounded = with_twin(MAdam([torch.zeros_like(exact, dtype=dtype)], lr=1.0, beta1=0.0, eps=1.0, backend="cuda"))
-    given = with_twin(MAdam([torch.zeros_like(every)], **BASE, backend="cuda"))  # the state shows what was loaded
+    rounded = with_twin(
+        MAdam([torch.zeros_like(exact, dtype=dtype)], lr=1.0, beta1=0.0, eps=1.0, backend=launcher.backend)
+    )
+    given = with_twin(
+        MAdam([torch.zeros_like(every)], **BASE, backend=launcher.backend)
+    )  # the state shows what was loaded
     for pair, grad in ((rounded, exact), (given, every)):
         for optimizer in pair:
             (param,) = optimizer.param_groups[0]["params"]
@@ -107,10 +111,10 @@ def test_every_16_bit_value_converts_as_on_the_cpu(dtype, arch, monkeypatch):
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_100"])
-def test_other_architectures(arch, monkeypatch):
+def test_other_architectures(arch, simulate_cuda):
     """Guards code that depends on the architecture: nvcc makes other PTX for each."""
-    install(SimulatedLauncher(arch=arch, blocks=len(SIZES)), monkeypatch)
-    pair = with_twin(LaMAdam(make_params(dtype=torch.bfloat16), backend="cuda", **{**BASE, **OPTIONS["all"]}))
+    launcher = simulate_cuda(arch=arch, blocks=len(SIZES))
+    pair = with_twin(LaMAdam(make_params(dtype=torch.bfloat16), backend=launcher.backend, **{**BASE, **OPTIONS["all"]}))
     for step in range(3):
         step_both(pair, step)
 
@@ -118,15 +122,14 @@ def test_other_architectures(arch, monkeypatch):
 @pytest.mark.parametrize("blocks", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("seed", [None, 1, 2, 3])
 @pytest.mark.parametrize("together", [True, False])
-def test_any_number_and_order_of_blocks(together, blocks, seed, monkeypatch):
+def test_any_number_and_order_of_blocks(together, blocks, seed, simulate):
     """Guards the walk of blocks over chunks, and that steps are counted once, by whichever block ends last, when no
     other will read them: also where a block runs only once others have ended."""
-    launcher = SimulatedLauncher(blocks=blocks, seed=seed)
-    launcher.max_lanes = launcher.max_lanes if together else constant("step_threads")
-    install(launcher, monkeypatch)
+    launcher = simulate(blocks=blocks, seed=seed)
+    launcher.max_lanes = launcher.max_lanes if together else 1
     sizes = (8193, 0, 5, 1, 16385, 700)
     groups = [{"params": make_params(sizes[:3])}, {"params": make_params(sizes[3:]), "amsgrad": True, "beta1": 0.8}]
-    pair = with_twin(MAdam(groups, backend="cuda", **BASE))
+    pair = with_twin(MAdam(groups, backend=launcher.backend, **BASE))
     for step in range(2):
         step_both(pair, step)
     assert [int(state["step"]) for state in pair[0].state.values()] == [2] * len(sizes)
@@ -139,7 +142,9 @@ def test_any_step_count(dtype, simulated):
     read with too few bits."""
     counts = (0, 1, 2, 999, 2**31 - 1, 2**31, 2**32 - 1, 2**53 + 1, 2**62)
     for beta1 in (0.0, 0.7, 0.999999, 1 - 2.0**-53):
-        pair = with_twin(MAdam(make_params((3,) * len(counts), dtype), backend="cuda", **{**BASE, "beta1": beta1}))
+        pair = with_twin(
+            MAdam(make_params((3,) * len(counts), dtype), backend=simulated.backend, **{**BASE, "beta1": beta1})
+        )
         step_both(pair)
         for optimizer in pair:
             for state, count in zip(optimizer.state.values(), counts, strict=True):
@@ -155,7 +160,7 @@ def test_any_step_count(dtype, simulated):
 def test_scaling(max_grad_norm, grad_scale, found_inf, dtype, simulated):
     """Guards the factor of the gradients, alone and in all combinations: scale, clip that bites or not, no overflow."""
     params = make_params((1, 700, 5), dtype=dtype)
-    pair = with_twin(MAdam(params, backend="cuda", **BASE, max_grad_norm=max_grad_norm))
+    pair = with_twin(MAdam(params, backend=simulated.backend, **BASE, max_grad_norm=max_grad_norm))
     for optimizer in pair:
         for name, value in (("grad_scale", grad_scale), ("found_inf", found_inf)):
             setattr(optimizer, name, None if value is None else torch.tensor(value))
@@ -165,12 +170,11 @@ def test_scaling(max_grad_norm, grad_scale, found_inf, dtype, simulated):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("found_inf", [1.0, 2.0, 2.0**-20, -1.0, torch.inf, torch.nan])
-def test_overflow_stops_the_step(found_inf, dtype, monkeypatch):
+def test_overflow_stops_the_step(found_inf, dtype, simulate):
     """Guards against a test for == 1, which the sum over devices is not, and against anything that is touched all the
     same: only the flag itself may be read."""
-    launcher = SimulatedLauncher(track=True)
-    install(launcher, monkeypatch)
-    pair = with_twin(LaMAdam(make_params((0, 1, 9000), dtype=dtype), backend="cuda", **BASE, amsgrad=True))
+    launcher = simulate(track=True)
+    pair = with_twin(LaMAdam(make_params((0, 1, 9000), dtype=dtype), backend=launcher.backend, **BASE, amsgrad=True))
     step_both(pair)
     before = {name: value.clone() for name, value in pair[0].state[pair[0].param_groups[0]["params"][2]].items()}
     for optimizer in pair:
@@ -186,7 +190,7 @@ def test_clip_by_a_norm_that_is_no_number(special, simulated):
     """Guards the comparison of the clip: a NaN norm must make every parameter NaN, as in torch, and an infinite one
     must stop the others; a norm of 0 must not divide."""
     params = make_params((3, 700))
-    pair = with_twin(MAdam(params, backend="cuda", **BASE, max_grad_norm=1.0))
+    pair = with_twin(MAdam(params, backend=simulated.backend, **BASE, max_grad_norm=1.0))
     step_both(pair)
     for optimizer in pair:
         for param in optimizer.param_groups[0]["params"]:
@@ -197,32 +201,29 @@ def test_clip_by_a_norm_that_is_no_number(special, simulated):
         assert all(param.isnan().all() for param in params)
 
 
-class RatesOnDevice(SimulatedLauncher):
-    """Has the groups' learning rates in memory, as a learning rate that is a tensor on a GPU is passed."""
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_learning_rate_on_the_device(dtype, simulated):
+    """Guards the read of a learning rate by address: each group its own, in place of the number beside it."""
+    step, wide = simulated.step, torch.float64 if dtype == torch.float64 else torch.float32
 
-    def step(self, device, stream, param, *rest):
-        groups, wide = rest[6], torch.float64 if param == 1 else torch.float32
+    def step_with_rates_in_memory(*arguments):
         packed, rates = [], []
-        for lr, address, *others in gpu._PACKED_GROUP.iter_unpack(groups):
+        for lr, address, *others in gpu._PACKED_GROUP.iter_unpack(arguments[9]):
             assert address == 0
             rates.append(torch.tensor(lr, dtype=wide))
             packed.append(gpu._PACKED_GROUP.pack(torch.nan, rates[-1].data_ptr(), *others))
-        super().step(device, stream, param, *rest[:6], b"".join(packed), *rest[7:])
-        for g, launch_rate in enumerate(rates):
-            assert self.launches[-1].bytes_of("ld", f"lr{g}") >= launch_rate.element_size()
+        step(*arguments[:9], b"".join(packed), *arguments[10:])
+        for g, rate in enumerate(rates):
+            assert simulated.launches[-1].bytes_of("ld", f"lr{g}") >= rate.element_size()
 
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_learning_rate_on_the_device(dtype, monkeypatch):
-    """Guards the read of a learning rate by address: each group its own, in place of the number beside it."""
-    install(RatesOnDevice(), monkeypatch)
+    simulated.step = step_with_rates_in_memory
     groups = [
         {"params": make_params((3, 700), dtype=dtype, seed=g), "lr": 0.1 / (g + 1), "decoupled_weight_decay": g < 2}
         for g in range(3)
     ]
-    pair = with_twin(MAdam(groups, backend="cuda", **BASE))
-    for step in range(2):
-        step_both(pair, step)
+    pair = with_twin(MAdam(groups, backend=simulated.backend, **BASE))
+    for step_number in range(2):
+        step_both(pair, step_number)
 
 
 def _fields(text: str, struct: str) -> list[str]:
@@ -232,6 +233,7 @@ def _fields(text: str, struct: str) -> list[str]:
     return [name.strip() for names in declarations for name in names.split(",")]
 
 
+@needs_compilers
 def test_python_and_cpp_agree_on_the_structs():
     """Guards the tables against a field that is added, dropped or moved on one side only."""
     assert bridge()

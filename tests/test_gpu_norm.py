@@ -1,5 +1,5 @@
-"""The CUDA kernels of the gradient norm, as nvcc compiled them, in a simulated memory: the CPU's bits, each gradient
-read once."""
+"""The GPU kernels of the gradient norm, as nvcc and Triton compiled them, in a simulated memory: the CPU's bits, each
+gradient read once."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from array import array
 import pytest
 import torch
 from cases import DTYPES, make_params, needs_cpu_kernels
-from simulated_cuda import SimulatedLauncher, at_offset, bits, constant, install, needs_compilers, simulated
+from simulated import Simulation
+from twins import at_offset, bits
 
 from maxva_kernels import functional, gpu
 
-pytestmark = [needs_compilers, needs_cpu_kernels]
-__all__ = ["simulated"]  # a fixture
+pytestmark = needs_cpu_kernels
 
 LANES, CHUNK = 1024, 16 * 1024
 EDGES = (0, 1, 7, LANES - 1, LANES, LANES + 1, 4 * LANES - 1, 4 * LANES + 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
@@ -23,9 +23,9 @@ def values(sizes: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
     return [param.detach() for param in make_params(sizes, dtype)]
 
 
-def assert_cpus_bits(grads: list[torch.Tensor]) -> torch.Tensor:
+def assert_cpus_bits(launcher: Simulation, grads: list[torch.Tensor]) -> torch.Tensor:
     """The norm, which is that of the CPU kernel bit for bit."""
-    norm, expected = (functional.grad_norm(grads, backend=backend) for backend in ("cuda", "cpu"))
+    norm, expected = (functional.grad_norm(grads, backend=backend) for backend in (launcher.backend, "cpu"))
     assert norm.dtype == expected.dtype
     assert torch.equal(bits(norm), bits(expected)), (norm, expected)
     return norm
@@ -35,10 +35,10 @@ def assert_cpus_bits(grads: list[torch.Tensor]) -> torch.Tensor:
 def test_norm_has_the_cpus_bits(dtype, simulated):
     """Guards the order of additions at the edges of lanes, turns and chunks."""
     simulated.blocks = 16
-    assert (constant("norm_lanes"), simulated.NORM_CHUNK) == (LANES, CHUNK)
-    assert_cpus_bits(values(EDGES, dtype))
+    assert simulated.NORM_CHUNK == CHUNK
+    assert_cpus_bits(simulated, values(EDGES, dtype))
     for size in (*EDGES[:6], CHUNK + 1):
-        assert_cpus_bits(values((size,), dtype))
+        assert_cpus_bits(simulated, values((size,), dtype))
 
 
 def test_mixed_dtypes(simulated):
@@ -47,11 +47,12 @@ def test_mixed_dtypes(simulated):
     three = [grad for dtype in DTYPES[:3] for grad in values((5, CHUNK + 3, 0, 2000), dtype)]
     shuffled = [three[i] for i in torch.randperm(len(three), generator=torch.Generator().manual_seed(0))]
     for grads in (three, shuffled):
-        assert assert_cpus_bits(grads).dtype == torch.float32
+        assert assert_cpus_bits(simulated, grads).dtype == torch.float32
     assert len(simulated.launches) == 2 * (3 + 1)
     doubles = [values((700,), torch.float64)[0], *shuffled, values((CHUNK + 1,), torch.float64)[0]]
-    assert assert_cpus_bits(doubles).dtype == torch.float64
-    assert {launch.kernel.split("<")[1][:6] for launch in simulated.launches[8:]} == {"double"}
+    assert assert_cpus_bits(simulated, doubles).dtype == torch.float64
+    if simulated.backend == "cuda":
+        assert {launch.kernel.split("<")[1][:6] for launch in simulated.launches[8:]} == {"double"}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -62,7 +63,7 @@ def test_misaligned(with_double, dtype, simulated):
     sizes = (1, 7, LANES + 1, 4 * LANES + 3, CHUNK - 1, CHUNK + 1)
     grads = [at_offset(grad, offset) for offset in (1, 2, 3) for grad in values(sizes, dtype)]
     grads += values((5,), torch.float64) if with_double else []
-    assert_cpus_bits(grads)
+    assert_cpus_bits(simulated, grads)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,10 +75,10 @@ def test_squares_neither_overflow_nor_vanish(dtype, simulated):
     scaled = [(unit * 2.0**exponent).to(dtype) for exponent in exponents]
     at_borders = [torch.tensor([1.0, -1.0, 1 + 2**-23, 1 - 2**-24]).double() * 2.0**exponent for exponent in borders]
     for grads in ([scaled[0]], [scaled[-1]], [scaled[1], scaled[2]], [torch.cat(scaled)], scaled):
-        assert_cpus_bits(grads)
+        assert_cpus_bits(simulated, grads)
     for border in at_borders:
-        assert_cpus_bits([border.to(dtype)])
-    assert_cpus_bits([torch.cat(at_borders).to(dtype)])
+        assert_cpus_bits(simulated, [border.to(dtype)])
+    assert_cpus_bits(simulated, [torch.cat(at_borders).to(dtype)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,41 +88,43 @@ def test_special_values(dtype, simulated):
         for other in (0.0, 2.0**-20, 1.0):
             grads = [torch.full((size,), other, dtype=dtype) for size in (3, 2000)]
             grads[1][1500] = special
-            norm = assert_cpus_bits(grads)
+            norm = assert_cpus_bits(simulated, grads)
             assert norm.isnan() if special != special else norm == torch.inf
     both = torch.tensor([torch.inf, torch.nan], dtype=dtype)
-    assert_cpus_bits([both])
-    assert_cpus_bits([both[:1], both[1:]])
-    assert assert_cpus_bits([torch.zeros(3, dtype=dtype)]) == 0
+    assert_cpus_bits(simulated, [both])
+    assert_cpus_bits(simulated, [both[:1], both[1:]])
+    assert assert_cpus_bits(simulated, [torch.zeros(3, dtype=dtype)]) == 0
 
 
 def test_nothing_to_add(simulated):
     """Guards launches without a chunk."""
     for grads in ([torch.zeros(0)], [torch.zeros(0), torch.zeros(0, dtype=torch.float64)]):
-        assert assert_cpus_bits(grads) == 0
+        assert assert_cpus_bits(simulated, grads) == 0
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 7, 64])
 @pytest.mark.parametrize("seed", [None, 1, 2])
-def test_any_number_and_order_of_blocks(blocks, seed, monkeypatch):
+def test_any_number_and_order_of_blocks(blocks, seed, simulate):
     """Guards against sums whose order or place depends on which block makes them, and lanes that are used anew too
     early."""
-    install(SimulatedLauncher(blocks=blocks, seed=seed), monkeypatch)
-    assert_cpus_bits(values((CHUNK + 1, 0, 5, 2 * CHUNK, 700), torch.float32) + values((9,), torch.bfloat16))
+    launcher = simulate(blocks=blocks, seed=seed)
+    assert_cpus_bits(launcher, values((CHUNK + 1, 0, 5, 2 * CHUNK, 700), torch.float32) + values((9,), torch.bfloat16))
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_100"])
-def test_other_architectures(arch, monkeypatch):
+def test_other_architectures(arch, simulate_cuda):
     """Guards code that depends on the architecture: nvcc makes other PTX for each."""
-    install(SimulatedLauncher(arch=arch), monkeypatch)
-    assert_cpus_bits([grad for dtype in DTYPES[:3] for grad in values((5, 2000), dtype)])
-    assert_cpus_bits([grad for dtype in DTYPES for grad in values((5, 2000), dtype)])
+    launcher = simulate_cuda(arch=arch)
+    for dtypes in (DTYPES[:3], DTYPES):
+        assert_cpus_bits(launcher, [grad for dtype in dtypes for grad in values((5, 2000), dtype)])
 
 
 def test_more_tensors_than_a_launch_takes(simulated):
     """Guards the cut into launches, and the place of each one's first sum."""
     simulated.MAX_TENSORS = 3
-    assert_cpus_bits([grad for dtype in DTYPES[:2] for grad in values((0, 5, CHUNK + 1, 9, 700, 0, 2 * CHUNK), dtype)])
+    assert_cpus_bits(
+        simulated, [grad for dtype in DTYPES[:2] for grad in values((0, 5, CHUNK + 1, 9, 700, 0, 2 * CHUNK), dtype)]
+    )
     assert [launch.kernel.split("<")[0] for launch in simulated.launches] == [
         *["norm_chunks_kernel"] * 4,
         "norm_total_kernel",
@@ -132,8 +135,8 @@ def test_more_chunks_than_lanes(simulated):
     """Guards the second stage, whose lanes add up several chunks then; and the arguments of a launch at real size."""
     simulated.blocks = 128
     grads = values((1,) * 3000, torch.float32)
-    assert_cpus_bits(grads)
-    assert len(simulated.launches) == 3
+    assert_cpus_bits(simulated, grads)
+    assert len(simulated.launches) == (3 if simulated.backend == "cuda" else 2)
 
 
 WIDTHS = [(dtype, with_double) for dtype in DTYPES for with_double in (False, True) if dtype != torch.float64]
@@ -141,14 +144,13 @@ WIDTHS = [(dtype, with_double) for dtype in DTYPES for with_double in (False, Tr
 
 @pytest.mark.parametrize(("dtype", "with_double"), [*WIDTHS, (torch.float64, False)], ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_traffic(offset, dtype, with_double, monkeypatch):
+def test_traffic(offset, dtype, with_double, simulate):
     """Guards against an element that counts twice or not at all but for luck, anything written besides the sums, and
     narrow loads of what lies in packets."""
-    launcher = SimulatedLauncher(track=True, blocks=12)
-    install(launcher, monkeypatch)
+    launcher = simulate(track=True, blocks=12)
     sizes = (1, 7, 8, LANES + 1, 4 * LANES + 3, CHUNK, CHUNK + 16, 2 * CHUNK + 5)
     grads = [at_offset(grad, offset) for grad in values(sizes, dtype)]
-    functional.grad_norm(grads + [torch.ones(1, dtype=torch.float64)] * with_double, backend="cuda")
+    functional.grad_norm(grads + [torch.ones(1, dtype=torch.float64)] * with_double, backend=launcher.backend)
     launch, total = launcher.launches[0], launcher.launches[-1]
     assert len(launch.buffers_of("grad")) == len(launch.buffers_of("sums")) == len(sizes)
     for buffer in launch.buffers_of("grad"):
@@ -160,6 +162,10 @@ def test_traffic(offset, dtype, with_double, monkeypatch):
     assert {name for name, kind in total.stats.buffer_bytes if kind != "ld"} == {"norm"}
     assert (total.buffers["sums"].reads == 1).all()
 
+    if launcher.backend == "triton":  # whole chunks move in packets
+        whole = 0 if offset else sum(size // CHUNK for size in sizes) * CHUNK
+        assert launch.stats.widths("ld").get(16, 0) == whole * dtype.itemsize // 16
+        return
     # A chunk begins with a packet, or none does.
     width = 16 // dtype.itemsize
     packets = 0 if offset else sum(size // width for size in sizes)
