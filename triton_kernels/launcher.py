@@ -46,9 +46,8 @@ class TritonLauncher:
 
     def __init__(self, device_type: str = "cuda"):
         self._device_type = device_type
-        self._pinned = torch.empty(
-            0, dtype=torch.int64, device="cpu"
-        )  # what is left for captures; it cannot be had during one
+        # What is left for captures, during which none can be had.
+        self._pinned = torch.empty(0, dtype=torch.int64, device="cpu")
         self._captured: list[torch.Tensor] = []  # what captured graphs copy from at each replay
 
     def step(
