@@ -310,6 +310,21 @@ def test_operator_on_gpu_tensors(launcher):
     assert torch.equal(gpu_ops.grad_norm(grads), torch.ops.maxva.grad_norm.default(grads))
 
 
+def test_compiled_step_is_one_graph(launcher):
+    """Guards against addresses taken while a graph is traced: a compiled step must be the operator's call, whole."""
+    runs = []
+    for compiled in (True, False):
+        params = make_params(SHAPES)
+        optimizer = MAdam(params, **BASE, max_grad_norm=1.0, backend=launcher.backend)
+        run(optimizer, last=1)
+        launches = len(launcher.launches)
+        set_grads(params, 1)
+        (torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiled else optimizer.step)()
+        assert (len(launcher.launches) > launches) != compiled  # on CPU tensors the operator is the CPU's
+        runs.append(optimizer)
+    assert_same_bits(*runs)
+
+
 def test_gradients_on_another_device(launcher):
     """Guards against an address of other memory given to a kernel."""
     params = [torch.zeros(3) for _ in range(2)]
