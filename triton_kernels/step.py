@@ -124,12 +124,16 @@ def step_kernel(
 ):
     int64: tl.constexpr = tl.pointer_type(tl.int64)
     numbers: tl.constexpr = tl.pointer_type(T)
+    # Triton's interpreter takes an address that fits for an int32, whatever the annotation says.
+    grad_scale = grad_scale.to(tl.int64)
+    found_inf = found_inf.to(tl.int64)
+    grad_norm = grad_norm.to(tl.int64)
     param_bytes: tl.constexpr = PARAM.primitive_bitwidth // 8
     grad_bytes: tl.constexpr = GRAD.primitive_bitwidth // 8
     state_bytes: tl.constexpr = T.primitive_bitwidth // 8
-    rows = rows.to(int64)
-    chunk_rows = chunk_rows.to(tl.pointer_type(tl.int32))
-    grads = grads.to(int64)
+    rows = rows.to(tl.int64).to(int64)
+    chunk_rows = chunk_rows.to(tl.int64).to(tl.pointer_type(tl.int32))
+    grads = grads.to(tl.int64).to(int64)
 
     # 1. Gradients that overflowed: neither parameters, nor state, nor step counts move. Devices add up their flags.
     overflow = False
@@ -143,7 +147,7 @@ def step_kernel(
         max_norm = tl.full((), -1.0, T)
         if grad_norm != 0:
             norm = tl.load(grad_norm.to(numbers))
-            max_norm = tl.load(max_grad_norm.to(numbers))
+            max_norm = tl.load(max_grad_norm.to(tl.int64).to(numbers))
 
         # 2. The programs share out the chunks.
         for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
@@ -163,10 +167,10 @@ def step_kernel(
                 index = chunk - tl.load(row + 9)
                 amsgrad = max_denom_address != 0
 
-                modes = integers.to(int64) + group * GROUP_INTEGERS
+                modes = integers.to(tl.int64).to(int64) + group * GROUP_INTEGERS
                 decay_mode = tl.load(modes + 2)
                 adam_eps = tl.load(modes + 3)
-                hyper = values.to(numbers) + group * GROUP_VALUES
+                hyper = values.to(tl.int64).to(numbers) + group * GROUP_VALUES
                 lr = tl.load(hyper)
                 lr_address = tl.load(modes + 1)
                 if lr_address != 0:
@@ -224,11 +228,11 @@ def step_kernel(
         # 3. The last program to get here advances the step counts, when no other will read them any more. The barrier
         # has all threads of this one past their reading.
         tl.debug_barrier()
-        done = tl.atomic_add(ticket.to(tl.pointer_type(tl.int32)), 1)
+        done = tl.atomic_add(ticket.to(tl.int64).to(tl.pointer_type(tl.int32)), 1)
         if done == tl.num_programs(0) - 1:
             for first in range(0, tensors, 128):
                 at = first + tl.arange(0, 128)
                 has_grad = tl.load(grads + at, mask=at < tensors, other=0) != 0
                 steps = tl.load(rows + at * COLUMNS + 6, mask=has_grad, other=0).to(int64)
                 tl.store(steps, tl.load(steps, mask=has_grad, other=0) + 1, mask=has_grad)
-            tl.store(ticket.to(tl.pointer_type(tl.int32)), 0)
+            tl.store(ticket.to(tl.int64).to(tl.pointer_type(tl.int32)), 0)
