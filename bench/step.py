@@ -18,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -66,13 +66,31 @@ class Result:
         return statistics.median(self.seconds)
 
 
-def make_params(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
+def make_params(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> list[torch.nn.Parameter]:
     params = []
     for shape in shapes:
-        param = torch.nn.Parameter(torch.randn(shape).to(dtype))
-        param.grad = torch.randn(shape).mul_(1e-3).to(dtype)
+        param = torch.nn.Parameter(torch.randn(shape, device=device).to(dtype))
+        param.grad = torch.randn(shape, device=device).mul_(1e-3).to(dtype)
         params.append(param)
     return params
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def traffic(params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Bytes that a step moves, and bytes of all tensors: parameters and state are read and written, gradients read."""
+    moments = [
+        value
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor) and key != "step"
+    ]
+    written, read = bytes_of([*params, *moments]), bytes_of([param.grad for param in params if param.grad is not None])
+    return 2 * written + read, written + read
 
 
 def optimizer_contender(
@@ -81,14 +99,11 @@ def optimizer_contender(
     params = make_params(SHAPES[args.shapes], DTYPES[args.dtype])
     optimizer = make(params)
     optimizer.step()
-    moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
     if args.saturated:
         for state in optimizer.state.values():
             if "weight_sum" in state:
                 state["weight_sum"].fill_(1)
-    written = sum(tensor.numel() * tensor.element_size() for tensor in [*params, *moments])
-    read_only = sum(param.numel() * param.element_size() for param in params)
-    return Contender(name, optimizer.step, 2 * written + read_only)
+    return Contender(name, optimizer.step, traffic(params, optimizer)[0])
 
 
 def eager_contender(args: argparse.Namespace) -> Contender:

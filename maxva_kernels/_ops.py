@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import fields
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .checks import describe
-from .groups import Group, Hyperparameters, Scaling, joined
+from .groups import Group, Hyperparameters, Scaling, TensorLists, joined
 
 library = torch.library.Library("maxva", "DEF")
+
+STEP_LISTS = tuple(f.name for f in fields(TensorLists))
+"""The tensor lists of `step_`, in its order."""
 
 # One step of MAdam (laprop=False) or LaMAdam (laprop=True), in place, over all parameters of one device.
 # Lists named in the plural have an entry for each parameter (max_denoms: for each of a group with AMSGrad), the others
@@ -61,30 +65,11 @@ def module(name: str) -> ModuleType:
 
 
 @torch.library.register_fake("maxva::step_", lib=library)
-def _(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    grad_means: list[Tensor],
-    grad_vars: list[Tensor],
-    weight_sums: list[Tensor],
-    max_denoms: list[Tensor],
-    steps: list[Tensor],
-    **kwargs: object,
-) -> None:
+def _(*lists: list[Tensor], **kwargs: object) -> None:
+    params, grads, *_ = lists
     torch._check(len(params) == len(grads), lambda: f"maxva: {len(grads)} grads for {len(params)} params")
     # One "meta" tensor among others brings a call here that does nothing, so it must not pass.
-    lists = {
-        "params": params,
-        "grads": grads,
-        "exp_avgs": exp_avgs,
-        "grad_means": grad_means,
-        "grad_vars": grad_vars,
-        "weight_sums": weight_sums,
-        "max_denoms": max_denoms,
-        "steps": steps,
-    }
-    for name, tensors in lists.items():
+    for name, tensors in zip(STEP_LISTS, lists, strict=True):
         for i, tensor in enumerate(tensors):
             if tensor.device != params[0].device:
                 named, its_param = describe(tensor, name, i), describe(params[0], "params", 0)
@@ -106,14 +91,7 @@ def call_step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
     """`step_` on groups in which every parameter has a gradient."""
     hypers = [group.hyper for group in groups]
     step_(
-        joined(groups, "params"),
-        joined(groups, "grads"),
-        joined(groups, "exp_avgs"),
-        joined(groups, "grad_means"),
-        joined(groups, "grad_vars"),
-        joined(groups, "weight_sums"),
-        joined(groups, "max_denoms"),
-        joined(groups, "steps"),
+        *(joined(groups, name) for name in STEP_LISTS),
         laprop=laprop,
         group_sizes=[len(group.tensors.params) for group in groups],
         lr=_rates(hypers),

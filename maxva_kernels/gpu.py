@@ -10,7 +10,7 @@ import operator
 import struct
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,49 +39,64 @@ _PACKED_GROUP = struct.Struct("=dQ6d3q")
 _NO_ELEMENTS = 1
 
 
+class StepLaunch(NamedTuple):
+    """What a step's launch is given. Addresses are of device memory; 0 is what is not there."""
+
+    device: int
+    stream: int
+    param_dtype: int  # a number of DTYPE_CODES
+    grad_dtype: int
+    laprop: bool
+    rows: int  # address of the table
+    chunk_rows: int  # address
+    chunks: int
+    ticket: int  # address
+    groups: bytes  # _PACKED_GROUP of each
+    grads: bytes  # for each row eight bytes: the gradient's address
+    grad_scale: int  # addresses of scalars of the arithmetic's type
+    found_inf: int
+    grad_norm: int
+    max_grad_norm: float
+
+
+class NormLaunch(NamedTuple):
+    """What the launch is given that sums the squares of chunks."""
+
+    device: int
+    stream: int
+    grad_dtype: int  # a number of DTYPE_CODES
+    double: bool  # the arithmetic is float64
+    rows: int  # address of the table
+    chunk_rows: int  # address
+    chunks: int
+    grads: bytes  # for each row eight bytes: the gradient's address
+    sums: int  # address: for each chunk of all launches three numbers
+
+
+class TotalLaunch(NamedTuple):
+    """What the launch is given that adds up the chunks."""
+
+    device: int
+    stream: int
+    double: bool
+    sums: int  # address
+    chunks: int
+    norm: int  # address of the result
+
+
 class Launcher(Protocol):
-    """The compiled side of a backend, as csrc/cuda/module.cpp has it. Addresses are of device memory."""
+    """The compiled side of a backend, as csrc/cuda/module.cpp has it. It launches on the stream that it is given."""
 
     MAX_TENSORS: int
     MAX_GROUPS: int
     STEP_CHUNK: int
     NORM_CHUNK: int
 
-    def step(
-        self,
-        device: int,
-        stream: int,
-        param_dtype: int,
-        grad_dtype: int,
-        laprop: bool,
-        rows: int,
-        chunk_rows: int,
-        chunks: int,
-        ticket: int,
-        groups: bytes,
-        grads: bytes,
-        grad_scale: int,
-        found_inf: int,
-        grad_norm: int,
-        max_grad_norm: float,
-        /,
-    ) -> None: ...
+    def step(self, launch: StepLaunch, /) -> None: ...
 
-    def norm_chunks(
-        self,
-        device: int,
-        stream: int,
-        grad_dtype: int,
-        double: bool,
-        rows: int,
-        chunk_rows: int,
-        chunks: int,
-        grads: bytes,
-        sums: int,
-        /,
-    ) -> None: ...
+    def norm_chunks(self, launch: NormLaunch, /) -> None: ...
 
-    def norm_total(self, device: int, stream: int, double: bool, sums: int, chunks: int, norm: int, /) -> None: ...
+    def norm_total(self, launch: TotalLaunch, /) -> None: ...
 
 
 _captured_rates: list[Tensor] = []  # learning rates that captured graphs read
@@ -129,28 +144,29 @@ def step(launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Sca
     for param_dtype, segment, members in table.segments:
         dtype = torch.float64 if param_dtype == torch.float64 else torch.float32
         its_grads = [grads[i] for i in segment.tensors]
-        scalars = [_as(scalar, dtype) for scalar in (scaling.grad_scale, scaling.found_inf, scaling.grad_norm)]
-        if scaling.max_grad_norm is None:
-            scalars[2] = None
+        # Kept until the launch: what is converted has no other owner.
+        scalars = [None if scalar is None else scalar.to(dtype) for scalar in scaling[:3]]
         grad_scale, found_inf, grad_norm = (0 if scalar is None else scalar.data_ptr() for scalar in scalars)
         packed, rates = _pack([groups[g].hyper for g in members], dtype, device)
         for grad_dtype in dict.fromkeys(grad.dtype for grad in its_grads if grad is not None):
             launcher.step(
-                device.index or 0,
-                stream,
-                DTYPE_CODES[param_dtype],
-                DTYPE_CODES[grad_dtype],
-                laprop,
-                segment.rows,
-                segment.chunk_rows,
-                segment.chunks,
-                segment.ticket,
-                packed,
-                _addresses(its_grads, grad_dtype),
-                grad_scale,
-                found_inf,
-                grad_norm,
-                -1.0 if scaling.max_grad_norm is None else scaling.max_grad_norm,
+                StepLaunch(
+                    device.index or 0,
+                    stream,
+                    DTYPE_CODES[param_dtype],
+                    DTYPE_CODES[grad_dtype],
+                    laprop,
+                    segment.rows,
+                    segment.chunk_rows,
+                    segment.chunks,
+                    segment.ticket,
+                    packed,
+                    _addresses(its_grads, grad_dtype),
+                    grad_scale,
+                    found_inf,
+                    grad_norm,
+                    -1.0 if scaling.max_grad_norm is None else scaling.max_grad_norm,
+                )
             )
         if capturing:
             _captured_rates.extend(rates)
@@ -163,37 +179,32 @@ def step(launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Sca
 
 def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:
     """The global norm, a scalar on the gradients' device: float64 if any gradient is, else float32."""
-    for i, grad in enumerate(grads):
-        if grad.layout is not torch.strided or grad.dtype not in DTYPE_CODES or grad.device != grads[0].device:
-            checks.check_grads(grads)
-            raise RuntimeError(f"maxva: {checks.describe(grad, 'grads', i)} is on another device than grads[0]")
-    if not grads:
+    dtypes = set(map(dtype_of, grads))
+    if (
+        set(map(layout_of, grads)) != {torch.strided}
+        or not dtypes <= DTYPE_CODES.keys()
+        or len(set(map(Tensor.get_device, grads))) > 1
+    ):
         checks.check_grads(grads)
-    grads = [layouts.dense(grad.resolve_neg() if grad.is_neg() else grad) for grad in grads]
-    device = grads[0].device
+        i = next(i for i, grad in enumerate(grads) if grad.device != grads[0].device)
+        raise RuntimeError(f"maxva: {checks.describe(grads[i], 'grads', i)} is on another device than grads[0]")
+    if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
+        grads = [layouts.dense(grad.resolve_neg()) for grad in grads]
+    device, double = grads[0].device, torch.float64 in dtypes
     stream = current_stream(device)
     # By stream too: gradients of one size on two streams would share a table, whose copy only one of them waits for.
-    key = (device, stream, tuple([(grad.numel(), grad.dtype) for grad in grads]))
+    key = (device, stream, *map(Tensor.numel, grads), *map(dtype_of, grads))
     table = norm_tables.find(
         key, lambda: make_norm_table(grads, launcher.NORM_CHUNK, launcher.MAX_TENSORS), is_capturing()
     )
-    double = any(grad.dtype == torch.float64 for grad in grads)
     sums = torch.empty((table.chunks, 3), dtype=torch.float64 if double else torch.float32, device=device)
     norm = torch.empty((), dtype=sums.dtype, device=device)
+    where = (device.index or 0, stream)
     for dtype, segment in table.segments:
         addresses = _addresses([grads[i] for i in segment.tensors], dtype)
-        launcher.norm_chunks(
-            device.index or 0,
-            stream,
-            DTYPE_CODES[dtype],
-            double,
-            segment.rows,
-            segment.chunk_rows,
-            segment.chunks,
-            addresses,
-            sums.data_ptr(),
-        )
-    launcher.norm_total(device.index or 0, stream, double, sums.data_ptr(), table.chunks, norm.data_ptr())
+        cut = (segment.rows, segment.chunk_rows, segment.chunks)
+        launcher.norm_chunks(NormLaunch(*where, DTYPE_CODES[dtype], double, *cut, addresses, sums.data_ptr()))
+    launcher.norm_total(TotalLaunch(*where, double, sums.data_ptr(), table.chunks, norm.data_ptr()))
     return norm
 
 
@@ -237,10 +248,6 @@ def _addresses(grads: Sequence[Tensor | None], dtype: torch.dtype) -> bytes:
     return array(
         "Q", [grad.data_ptr() or _NO_ELEMENTS if grad is not None and grad.dtype == dtype else 0 for grad in grads]
     ).tobytes()
-
-
-def _as(scalar: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if scalar is None else scalar.to(dtype)
 
 
 def _pack(hypers: Sequence[Hyperparameters], dtype: torch.dtype, device: torch.device) -> tuple[bytes, list[Tensor]]:

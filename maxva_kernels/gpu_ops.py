@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -12,61 +13,31 @@ from .groups import EPS_MODES, Group, Hyperparameters, Scaling, TensorLists
 
 
 def step_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    grad_means: list[Tensor],
-    grad_vars: list[Tensor],
-    weight_sums: list[Tensor],
-    max_denoms: list[Tensor],
-    steps: list[Tensor],
-    *,
+    *lists: list[Any],
     laprop: bool,
     group_sizes: list[int],
     lr: Tensor,
-    beta1: list[float],
-    beta2_lower: list[float],
-    beta2_upper: list[float],
-    beta2_init: list[float],
-    eps: list[float],
-    weight_decay: list[float],
-    decoupled_weight_decay: list[int],
-    amsgrad: list[int],
-    maximize: list[int],
-    adam_eps: list[int],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     grad_norm: Tensor | None = None,
     max_grad_norm: float = -1.0,
+    **of_groups: list[Any],
 ) -> None:
-    groups, first, first_max = [], 0, 0
+    given = {name: iter(tensors) for name, tensors in zip(_ops.STEP_LISTS, lists, strict=True)}
+    groups = []
     for g, size in enumerate(group_sizes):
+        own = {name: values[g] for name, values in of_groups.items()}
         hyper = Hyperparameters(
             lr=lr[g],
-            beta1=beta1[g],
-            beta2_range=(beta2_lower[g], beta2_upper[g]),
-            eps=eps[g],
-            weight_decay=weight_decay[g],
-            beta2_init=beta2_init[g],
-            decoupled_weight_decay=bool(decoupled_weight_decay[g]),
-            amsgrad=bool(amsgrad[g]),
-            maximize=bool(maximize[g]),
-            eps_mode=EPS_MODES[adam_eps[g]],
+            beta2_range=(own.pop("beta2_lower"), own.pop("beta2_upper")),
+            eps_mode=EPS_MODES[own.pop("adam_eps")],
+            **{name: bool(value) if isinstance(value, int) else value for name, value in own.items()},
         )
-
-        def part(tensors: list[Any], first: int = first, size: int = size) -> list[Any]:
-            return tensors[first : first + size]
-
-        maxima = part(max_denoms, first_max) if amsgrad[g] else []
-        tensors = TensorLists(
-            *(part(params), part(grads), part(exp_avgs), part(grad_means), part(grad_vars), part(weight_sums)),
-            max_denoms=maxima,
-            steps=part(steps),
-        )
-        groups.append(Group(hyper, tensors))
-        first, first_max = first + size, first_max + len(maxima)
+        # max_denoms has the tensors of groups with AMSGrad alone
+        counts = {name: 0 if name == "max_denoms" and not hyper.amsgrad else size for name in given}
+        groups.append(Group(hyper, TensorLists(**{name: list(islice(given[name], counts[name])) for name in given})))
     scaling = Scaling(grad_scale, found_inf, grad_norm, None if max_grad_norm < 0 else max_grad_norm)
-    select("auto", params[0].device).step(groups, laprop, scaling)
+    select("auto", lists[0][0].device).step(groups, laprop, scaling)
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:

@@ -34,16 +34,11 @@ STEP_COLUMNS = (
 NORM_COLUMNS = ("numel", "first_chunk", "first_sum")
 
 
-@dataclass
 class Segment:
-    """What one launch walks: consecutive tensors, their rows and chunks in one piece of device memory."""
-
-    tensors: list[int]  # their indices in the lists that the table was made of
-    chunks: int
-    memory: Tensor  # int64: the rows, the ticket, then int32 pairs: each chunk's row
+    """What one launch walks: some tensors, with their rows and chunks in one piece of device memory."""
 
     def __init__(self, tensors: list[int], rows: list[list[int]], chunk_counts: list[int], device: torch.device):
-        self.tensors = tensors
+        self.tensors = tensors  # their indices in the lists that the table was made of
         self.chunks = sum(chunk_counts)
         with torch.device("cpu"):  # whatever the default is
             indices = torch.arange(len(rows), dtype=torch.int32)
@@ -52,8 +47,8 @@ class Segment:
             ticket = torch.zeros(1, dtype=torch.int64)
             memory = torch.cat([torch.tensor(rows, dtype=torch.int64).flatten(), ticket, chunk_rows])
         # The copy is ordered before the launches on this stream, and so before all that the user orders after them.
-        self.memory = memory.to(device, non_blocking=True)
-        self.rows = self.memory.data_ptr()
+        self._memory = memory.to(device, non_blocking=True)
+        self.rows = self._memory.data_ptr()  # addresses
         self.ticket = self.rows + 8 * len(rows) * len(rows[0])
         self.chunk_rows = self.ticket + 8
 

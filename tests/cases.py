@@ -138,16 +138,19 @@ def states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
                 yield f"{name}[{g}][{i}]", value
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bits as integers, with one kind of NaN."""
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return torch.where(tensor.isnan(), torch.nan, tensor).view(integers) if tensor.is_floating_point() else tensor
+
+
 def assert_same_bits(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
-    """Parameters and states of both are equal bit for bit (NaN equals NaN)."""
+    """Parameters and states of both have the same bits, which tells 0 from -0; NaN equals NaN."""
     left, right = dict(states(a)), dict(states(b))
     assert left.keys() == right.keys()
     for name, value in left.items():
-        torch.testing.assert_close(
-            value.cpu(),
-            right[name].cpu(),
-            rtol=0,
-            atol=0,
-            equal_nan=True,
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
+        other = right[name].cpu()
+        assert value.dtype == other.dtype, name
+        assert value.shape == other.shape, name
+        differ = bits(value.detach().cpu()) != bits(other.detach())
+        assert not differ.any(), f"{name}: {int(differ.sum())} elements, first {int(differ.flatten().nonzero()[0])}"

@@ -32,47 +32,47 @@ def words(address: int, count: int, dtype: type = np.int64) -> np.ndarray:
     return np.frombuffer((ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(address), dtype)
 
 
-def step_ranges(
-    param: int, grad: int, rows: int, chunk_rows: int, chunks: int, ticket: int, groups: bytes, grads: bytes,
-    grad_scale: int, found_inf: int, grad_norm: int,
-) -> list[Range]:  # fmt: skip
+def step_ranges(launch: gpu.StepLaunch) -> list[Range]:
     """The memory of a step's launch; of a tensor without gradient nothing."""
-    wide, tensors = SIZES[1] if param == 1 else SIZES[0], len(grads) // 8
-    table = words(rows, tensors * len(STEP_COLUMNS)).reshape(tensors, len(STEP_COLUMNS))
-    ranges = [("rows", rows, table.nbytes), ("chunk_rows", chunk_rows, 4 * chunks), ("ticket", ticket, 4)]
-    ranges += [("grad_scale", grad_scale, wide), ("found_inf", found_inf, wide), ("grad_norm", grad_norm, wide)]
-    for i, (values, address) in enumerate(zip(table.tolist(), np.frombuffer(grads, np.uint64).tolist(), strict=True)):
+    wide, tensors = SIZES[1] if launch.param_dtype == 1 else SIZES[0], len(launch.grads) // 8
+    table = words(launch.rows, tensors * len(STEP_COLUMNS)).reshape(tensors, len(STEP_COLUMNS))
+    ranges = [("rows", launch.rows, table.nbytes), ("chunk_rows", launch.chunk_rows, 4 * launch.chunks)]
+    ranges += [("ticket", launch.ticket, 4)]
+    ranges += [(name, getattr(launch, name), wide) for name in ("grad_scale", "found_inf", "grad_norm")]
+    for i, (values, address) in enumerate(zip(table.tolist(), _addresses(launch.grads), strict=True)):
         if address == 0:
             continue
         row = dict(zip(STEP_COLUMNS, values, strict=True))
-        ranges.append((f"grad{i}", address, row["numel"] * SIZES[grad]))
+        ranges.append((f"grad{i}", address, row["numel"] * SIZES[launch.grad_dtype]))
         ranges.append((f"step{i}", row["step"], 8))
-        ranges.append((f"param{i}", row["param"], row["numel"] * SIZES[param]))
+        ranges.append((f"param{i}", row["param"], row["numel"] * SIZES[launch.param_dtype]))
         for name in ("exp_avg", "grad_mean", "grad_var", "weight_sum", "max_denom"):
             ranges.append((f"{name}{i}", row[name], row["numel"] * wide))
-    rates = [address for _, address, *_ in gpu._PACKED_GROUP.iter_unpack(groups)]
+    rates = [address for _, address, *_ in gpu._PACKED_GROUP.iter_unpack(launch.groups)]
     return ranges + [(f"lr{g}", address, wide) for g, address in enumerate(rates)]
 
 
-def norm_ranges(
-    grad: int, double: bool, rows: int, chunk_rows: int, chunks: int, grads: bytes, sums: int, chunk: int
-) -> list[Range]:
-    """The memory of a launch that sums the squares of chunks."""
-    wide, tensors = SIZES[1] if double else SIZES[0], len(grads) // 8
-    table = words(rows, tensors * len(NORM_COLUMNS)).reshape(tensors, len(NORM_COLUMNS))
-    ranges = [("rows", rows, table.nbytes), ("chunk_rows", chunk_rows, 4 * chunks)]
-    for i, (values, address) in enumerate(zip(table.tolist(), np.frombuffer(grads, np.uint64).tolist(), strict=True)):
+def norm_ranges(launch: gpu.NormLaunch, chunk: int) -> list[Range]:
+    """The memory of a launch that sums the squares of chunks of that many elements."""
+    wide, tensors = SIZES[1] if launch.double else SIZES[0], len(launch.grads) // 8
+    table = words(launch.rows, tensors * len(NORM_COLUMNS)).reshape(tensors, len(NORM_COLUMNS))
+    ranges = [("rows", launch.rows, table.nbytes), ("chunk_rows", launch.chunk_rows, 4 * launch.chunks)]
+    for i, (values, address) in enumerate(zip(table.tolist(), _addresses(launch.grads), strict=True)):
         row = dict(zip(NORM_COLUMNS, values, strict=True))
-        ranges.append((f"grad{i}", address, row["numel"] * SIZES[grad]))
+        ranges.append((f"grad{i}", address, row["numel"] * SIZES[launch.grad_dtype]))
         count = -(-row["numel"] // chunk)
-        ranges.append((f"sums{i}", sums + row["first_sum"] * SUMS * wide, count * SUMS * wide))
+        ranges.append((f"sums{i}", launch.sums + row["first_sum"] * SUMS * wide, count * SUMS * wide))
     return ranges
 
 
-def total_ranges(double: bool, sums: int, chunks: int, norm: int) -> list[Range]:
+def total_ranges(launch: gpu.TotalLaunch) -> list[Range]:
     """The memory of the launch that adds up the chunks."""
-    wide = SIZES[1] if double else SIZES[0]
-    return [("sums", sums, chunks * SUMS * wide), ("norm", norm, wide)]
+    wide = SIZES[1] if launch.double else SIZES[0]
+    return [("sums", launch.sums, launch.chunks * SUMS * wide), ("norm", launch.norm, wide)]
+
+
+def _addresses(packed: bytes) -> list[int]:
+    return np.frombuffer(packed, np.uint64).tolist()
 
 
 def _mapped(ranges: Iterable[Range]) -> tuple[Device, dict[str, Buffer]]:

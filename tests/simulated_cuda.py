@@ -128,37 +128,33 @@ class SimulatedLauncher(Simulation):
     def probe(self, device: int) -> None:
         pass
 
-    def step(
-        self, device, stream, param, grad, laprop, rows, chunk_rows, chunks, ticket, groups, grads,
-        grad_scale, found_inf, grad_norm, max_grad_norm,
-    ):  # fmt: skip
-        tensors, group_count = len(grads) // 8, len(groups) // constant("packed_group_bytes")
+    def step(self, launch):
+        tensors, group_count = len(launch.grads) // 8, len(launch.groups) // constant("packed_group_bytes")
         given = StepInput(
-            rows, chunk_rows, chunks, ticket, grad_scale, found_inf, grad_norm, max_grad_norm,
-            groups, group_count, grads, tensors,
+            launch.rows, launch.chunk_rows, launch.chunks, launch.ticket,
+            launch.grad_scale, launch.found_inf, launch.grad_norm, launch.max_grad_norm,
+            launch.groups, group_count, launch.grads, tensors,
         )  # fmt: skip
-        twice = param == 1
-        launch = _stack_memory(constant("step_launch_double_bytes" if twice else "step_launch_bytes"))
-        bridge().fill_step(launch, ctypes.c_bool(twice), ctypes.byref(given))
+        twice = launch.param_dtype == 1
+        filled = _stack_memory(constant("step_launch_double_bytes" if twice else "step_launch_bytes"))
+        bridge().fill_step(filled, ctypes.c_bool(twice), ctypes.byref(given))
+        entry = step_entry(launch.param_dtype, launch.grad_dtype, launch.laprop)
+        self._run(*entry, constant("step_threads"), launch.chunks, [filled.raw], step_ranges(launch))
 
-        ranges = step_ranges(
-            param, grad, rows, chunk_rows, chunks, ticket, groups, grads, grad_scale, found_inf, grad_norm
-        )
-        self._run(*step_entry(param, grad, laprop), constant("step_threads"), chunks, [launch.raw], ranges)
+    def norm_chunks(self, launch):
+        tensors = len(launch.grads) // 8
+        given = NormInput(launch.rows, launch.chunk_rows, launch.chunks, launch.sums, launch.grads, tensors)
+        filled = _stack_memory(constant("norm_launch_bytes"))
+        bridge().fill_norm(filled, ctypes.c_bool(launch.double), ctypes.byref(given))
+        threads = constant("norm_lanes") * SIZES[launch.grad_dtype] // 16
+        entry = f"norm_chunks_kernel<{'double' if launch.double else 'float'}, {TYPE_NAMES[launch.grad_dtype]}>"
+        ranges = norm_ranges(launch, self.NORM_CHUNK)
+        self._run("grad_norm", entry, threads, launch.chunks, [filled.raw], ranges)
 
-    def norm_chunks(self, device, stream, grad, double, rows, chunk_rows, chunks, grads, sums):
-        tensors = len(grads) // 8
-        given = NormInput(rows, chunk_rows, chunks, sums, grads, tensors)
-        launch = _stack_memory(constant("norm_launch_bytes"))
-        bridge().fill_norm(launch, ctypes.c_bool(double), ctypes.byref(given))
-        ranges = norm_ranges(grad, double, rows, chunk_rows, chunks, grads, sums, self.NORM_CHUNK)
-        threads = constant("norm_lanes") * SIZES[grad] // 16
-        entry = f"norm_chunks_kernel<{'double' if double else 'float'}, {TYPE_NAMES[grad]}>"
-        self._run("grad_norm", entry, threads, chunks, [launch.raw], ranges)
-
-    def norm_total(self, device, stream, double, sums, chunks, norm):
-        entry = f"norm_total_kernel<{'double' if double else 'float'}>"
-        self._run("grad_norm", entry, 1024, 1, [sums, chunks, norm], total_ranges(double, sums, chunks, norm))
+    def norm_total(self, launch):
+        entry = f"norm_total_kernel<{'double' if launch.double else 'float'}>"
+        arguments = [launch.sums, launch.chunks, launch.norm]
+        self._run("grad_norm", entry, 1024, 1, arguments, total_ranges(launch))
 
     def _run(self, source, entry, threads, chunks, arguments, ranges):
         parsed, entries = module(source, self.arch)

@@ -53,26 +53,17 @@ class SimulatedTriton(Simulation, TritonLauncher):
         self.capability = capability
         self._ranges: list[Range] = []
 
-    def step(
-        self, device, stream, param, grad, laprop, rows, chunk_rows, chunks, ticket, groups, grads,
-        grad_scale, found_inf, grad_norm, max_grad_norm,
-    ):  # fmt: skip
-        self._ranges = step_ranges(
-            param, grad, rows, chunk_rows, chunks, ticket, groups, grads, grad_scale, found_inf, grad_norm
-        )
-        TritonLauncher.step(
-            self,
-            device, stream, param, grad, laprop, rows, chunk_rows, chunks, ticket, groups, grads,
-            grad_scale, found_inf, grad_norm, max_grad_norm,
-        )  # fmt: skip
+    def step(self, launch):
+        self._ranges = step_ranges(launch)
+        TritonLauncher.step(self, launch)
 
-    def norm_chunks(self, device, stream, grad, double, rows, chunk_rows, chunks, grads, sums):
-        self._ranges = norm_ranges(grad, double, rows, chunk_rows, chunks, grads, sums, self.NORM_CHUNK)
-        TritonLauncher.norm_chunks(self, device, stream, grad, double, rows, chunk_rows, chunks, grads, sums)
+    def norm_chunks(self, launch):
+        self._ranges = norm_ranges(launch, self.NORM_CHUNK)
+        TritonLauncher.norm_chunks(self, launch)
 
-    def norm_total(self, device, stream, double, sums, chunks, norm):
-        self._ranges = total_ranges(double, sums, chunks, norm)
-        TritonLauncher.norm_total(self, device, stream, double, sums, chunks, norm)
+    def norm_total(self, launch):
+        self._ranges = total_ranges(launch)
+        TritonLauncher.norm_total(self, launch)
 
     def _send(self, data, device):
         sent = TritonLauncher._send(self, data, device)

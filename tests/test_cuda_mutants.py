@@ -16,11 +16,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from cases import BASE, needs_cpu_kernels
+from cases import BASE, bits, needs_cpu_kernels
 from ptxsim import Module, PTXError
 from ptxsim.mutate import Mutant, mutants
 from simulated_cuda import SimulatedLauncher, constant, module, needs_compilers, ptx, step_entry
-from twins import at_offset, bits
+from twins import at_offset
 
 from maxva_kernels import gpu
 from maxva_kernels.backends import cpu
@@ -168,7 +168,7 @@ class Scenario:
             rows[STEP_COLUMNS.index("numel")] += skipped * CHUNK
             rows[STEP_COLUMNS.index("first_chunk")] = -skipped
         scalars = (self.scaling.grad_scale, self.scaling.found_inf, self.scaling.grad_norm)
-        self.arguments = (
+        self.launch = gpu.StepLaunch(
             *(0, 0, gpu.DTYPE_CODES[self.param_dtype], gpu.DTYPE_CODES[self.grad_dtype], self.laprop),
             *(segment.rows, segment.chunk_rows, segment.chunks, segment.ticket, packed, grads.tobytes()),
             *(0 if scalar is None else scalar.data_ptr() for scalar in scalars),
@@ -184,7 +184,7 @@ class Scenario:
         launcher.replace_module, launcher.only, launcher.max_steps = mutant, self.only, 100_000
         if self.one_by_one:
             launcher.max_lanes = constant("step_threads")
-        launcher.step(*self.arguments)
+        launcher.step(self.launch)
         for tensor, value in zip(self.memory, self.after, strict=True):
             assert torch.equal(bits(tensor), value)
         (launch,) = launcher.launches

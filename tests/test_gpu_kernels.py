@@ -8,10 +8,10 @@ import re
 
 import pytest
 import torch
-from cases import ALGORITHMS, BASE, DTYPES, OPTIONS, SIZES, make_params, needs_cpu_kernels
+from cases import ALGORITHMS, BASE, DTYPES, OPTIONS, SIZES, assert_same_bits, make_params, needs_cpu_kernels
 from simulated import Simulation
 from simulated_cuda import CSRC, bridge, constant, needs_compilers, step_entry
-from twins import assert_identical, step_both, with_twin
+from twins import step_both, with_twin
 
 from maxva_kernels import LaMAdam, MAdam, gpu
 from maxva_kernels.tensor_table import NORM_COLUMNS, STEP_COLUMNS
@@ -107,7 +107,7 @@ def check_conversions(dtype: torch.dtype, launcher: Simulation) -> None:
             param.grad_dtype = None
             param.grad = grad.clone()
             optimizer.step()
-        assert_identical(*pair)
+        assert_same_bits(*pair)
 
 
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_100"])
@@ -206,13 +206,13 @@ def test_learning_rate_on_the_device(dtype, simulated):
     """Guards the read of a learning rate by address: each group its own, in place of the number beside it."""
     step, wide = simulated.step, torch.float64 if dtype == torch.float64 else torch.float32
 
-    def step_with_rates_in_memory(*arguments):
+    def step_with_rates_in_memory(launch):
         packed, rates = [], []
-        for lr, address, *others in gpu._PACKED_GROUP.iter_unpack(arguments[9]):
+        for lr, address, *others in gpu._PACKED_GROUP.iter_unpack(launch.groups):
             assert address == 0
             rates.append(torch.tensor(lr, dtype=wide))
             packed.append(gpu._PACKED_GROUP.pack(torch.nan, rates[-1].data_ptr(), *others))
-        step(*arguments[:9], b"".join(packed), *arguments[10:])
+        step(launch._replace(groups=b"".join(packed)))
         for g, rate in enumerate(rates):
             assert simulated.launches[-1].bytes_of("ld", f"lr{g}") >= rate.element_size()
 

@@ -7,8 +7,8 @@ from array import array
 import numpy as np
 import pytest
 import torch
-from cases import BASE, make_params, needs_cpu_kernels, set_grads
-from twins import assert_identical, at_offset, bits, step_both, with_twin
+from cases import BASE, assert_same_bits, bits, make_params, needs_cpu_kernels, set_grads
+from twins import at_offset, step_both, with_twin
 
 from maxva_kernels import LaMAdam, MAdam, functional, gpu
 from maxva_kernels.groups import MOMENTS, Hyperparameters
@@ -117,7 +117,7 @@ def test_mixed_dtypes(simulated):
                 param.grad_dtype = None
                 param.grad = None if i == 6 else param.grad.to(list(gpu.DTYPE_CODES)[i % 4])
             optimizer.step()
-    assert_identical(*pair)
+    assert_same_bits(*pair)
     kernels = [launch.kernel for launch in simulated.launches]
     assert len([name for name in kernels if name.startswith("step")]) == 2 * (3 * 3 + 1)
     if simulated.backend == "cuda":
@@ -165,10 +165,11 @@ def test_indices_beyond_32_bits(param_dtype, grad_dtype, offset, grad_offset, ch
     row = torch.tensor([*addresses, 0, steps[:1].data_ptr(), numel, 0, -before])
     chunk_rows, ticket = torch.zeros(chunks, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     packed, _ = gpu._pack([Hyperparameters(**BASE)], wide, torch.device("cpu"))
-    simulated.step(
+    launch = gpu.StepLaunch(
         0, 0, gpu.DTYPE_CODES[param_dtype], gpu.DTYPE_CODES[grad_dtype], False, row.data_ptr(), chunk_rows.data_ptr(),
         chunks, ticket.data_ptr(), packed, array("Q", [first["grad"] % 2**64]).tobytes(), 0, 0, 0, -1.0,
     )  # fmt: skip
+    simulated.step(launch)
     lists = [[near[name]] for name in ("param", "grad", *MOMENTS)]
     functional.madam_(*lists, [steps[1]], **BASE, backend="cpu")
     assert steps.tolist() == [5, 5]

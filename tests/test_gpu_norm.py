@@ -7,9 +7,9 @@ from array import array
 
 import pytest
 import torch
-from cases import DTYPES, make_params, needs_cpu_kernels
+from cases import DTYPES, bits, make_params, needs_cpu_kernels
 from simulated import Simulation
-from twins import at_offset, bits
+from twins import at_offset
 
 from maxva_kernels import functional, gpu
 
@@ -196,9 +196,7 @@ def test_indices_beyond_32_bits(dtype, offset, chunks, numel, simulated):
     row, chunk_rows = torch.tensor([numel, -before, -before]), torch.zeros(chunks, dtype=torch.int32)
     address = array("Q", [(far.data_ptr() - start * far.element_size()) % 2**64]).tobytes()
     double = wide == torch.float64
-    simulated.norm_chunks(
-        *(0, 0, gpu.DTYPE_CODES[dtype], double, row.data_ptr(), chunk_rows.data_ptr(), chunks, address),
-        sums.data_ptr(),
-    )
-    simulated.norm_total(0, 0, double, sums.data_ptr(), chunks, norm.data_ptr())
+    cut = (row.data_ptr(), chunk_rows.data_ptr(), chunks)
+    simulated.norm_chunks(gpu.NormLaunch(0, 0, gpu.DTYPE_CODES[dtype], double, *cut, address, sums.data_ptr()))
+    simulated.norm_total(gpu.TotalLaunch(0, 0, double, sums.data_ptr(), chunks, norm.data_ptr()))
     assert torch.equal(norm, functional.grad_norm([far], backend="cpu"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import make_params, needs_cpu_kernels, set_grads
 
-from maxva_kernels import MAdam, _ops
+from maxva_kernels import MAdam, _ops, gpu
 
 pytestmark = needs_cpu_kernels
 
@@ -89,3 +89,17 @@ def test_opcheck_cpu_capability():
     """Without the checks that compare outputs, which torch cannot do with strings."""
     torch.library.opcheck(_ops.cpu_capability, (), test_utils=("test_schema", "test_autograd_registration"))
     assert _ops.cpu_capability() in ("AVX512", "AVX2", "DEFAULT")
+
+
+@pytest.mark.skipif(_ops.load_error("_C_cuda") is not None, reason="the CUDA kernels are not there")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the addresses lead nowhere")
+def test_compiled_module_takes_what_the_host_composes():
+    """Guards the formats by which csrc/cuda/module.cpp reads a launch: without a GPU it comes as far as asking for one,
+    and says so as an error that can be caught."""
+    module = _ops.module("_C_cuda")
+    step = gpu.StepLaunch(0, 0, 0, 0, False, 1, 1, 1, 1, bytes(88), bytes(8), 0, 0, 0, -1.0)
+    norm_chunks = gpu.NormLaunch(0, 0, 0, False, 1, 1, 1, bytes(8), 1)
+    norm_total = gpu.TotalLaunch(0, 0, False, 1, 1, 1)
+    for function, launch in ((module.step, step), (module.norm_chunks, norm_chunks), (module.norm_total, norm_total)):
+        with pytest.raises(RuntimeError, match=r"maxva: .*\(cudaError\w+\)"):
+            function(launch)

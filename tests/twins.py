@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from cases import set_grads, states
+from cases import assert_same_bits, set_grads
 
 
 def at_offset(tensor: torch.Tensor, elements: int) -> torch.Tensor:
@@ -45,20 +45,4 @@ def step_both(
             for param, its_offsets in zip(params, offsets, strict=True):
                 move(param, optimizer.state[param], its_offsets)
         optimizer.step()
-    assert_identical(*pair)
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bits as integers, with one kind of NaN."""
-    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return torch.where(tensor.isnan(), torch.nan, tensor).view(integers) if tensor.is_floating_point() else tensor
-
-
-def assert_identical(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
-    """Parameters and states have the same bits, which tells 0 from -0; NaN equals NaN."""
-    left, right = dict(states(a)), dict(states(b))
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert value.dtype == right[name].dtype
-        differ = bits(value.detach()) != bits(right[name].detach())
-        assert not differ.any(), f"{name}: {int(differ.sum())} elements, first {int(differ.flatten().nonzero()[0])}"
+    assert_same_bits(*pair)

@@ -50,73 +50,45 @@ class TritonLauncher:
         self._pinned = torch.empty(0, dtype=torch.int64, device="cpu")
         self._captured: list[torch.Tensor] = []  # what captured graphs copy from at each replay
 
-    def step(
-        self,
-        device: int,
-        stream: int,
-        param_dtype: int,
-        grad_dtype: int,
-        laprop: bool,
-        rows: int,
-        chunk_rows: int,
-        chunks: int,
-        ticket: int,
-        groups: bytes,
-        grads: bytes,
-        grad_scale: int,
-        found_inf: int,
-        grad_norm: int,
-        max_grad_norm: float,
-        /,
-    ) -> None:
-        """Launches one step on the device's current stream."""
-        double = param_dtype == 1
-        integers, values = _hyperparameters(groups, max_grad_norm, double)
-        sent = self._send(grads + integers + values, device)
+    def step(self, launch: Any, /) -> None:
+        """Launches one step (`maxva_kernels.gpu.StepLaunch`) on the device's current stream."""
+        double = launch.param_dtype == 1
+        integers, values = _hyperparameters(launch.groups, launch.max_grad_norm, double)
+        sent = self._send(launch.grads + integers + values, launch.device)
         grads_at = sent.data_ptr()
-        integers_at = grads_at + len(grads)
+        integers_at = grads_at + len(launch.grads)
         values_at = integers_at + len(integers)
-        max_norm_at = values_at + len(groups) // _PACKED_GROUP.size * _GROUP_VALUES * (8 if double else 4)
+        max_norm_at = values_at + len(launch.groups) // _PACKED_GROUP.size * _GROUP_VALUES * (8 if double else 4)
         self.run(
             step_kernel,
-            chunks,
-            device,
+            launch.chunks,
+            launch.device,
             (
-                *(rows, chunk_rows, chunks, ticket, grads_at, len(grads) // 8, integers_at, values_at),
-                *(grad_scale, found_inf, grad_norm, max_norm_at),
+                *(launch.rows, launch.chunk_rows, launch.chunks, launch.ticket),
+                *(grads_at, len(launch.grads) // 8, integers_at, values_at),
+                *(launch.grad_scale, launch.found_inf, launch.grad_norm, max_norm_at),
             ),
             {
-                "LAPROP": bool(laprop),
+                "LAPROP": bool(launch.laprop),
                 "T": _TYPES[int(double)],
-                "PARAM": _TYPES[param_dtype],
-                "GRAD": _TYPES[grad_dtype],
+                "PARAM": _TYPES[launch.param_dtype],
+                "GRAD": _TYPES[launch.grad_dtype],
                 "CHUNK": self.STEP_CHUNK,
                 "BLOCK": 256 if double else 512,
             },
         )
 
-    def norm_chunks(
-        self,
-        device: int,
-        stream: int,
-        grad_dtype: int,
-        double: bool,
-        rows: int,
-        chunk_rows: int,
-        chunks: int,
-        grads: bytes,
-        sums: int,
-        /,
-    ) -> None:
-        """Launches the sums of squares of all chunks on the device's current stream."""
-        sent = self._send(grads, device)
-        arguments = (rows, chunk_rows, chunks, sent.data_ptr(), sums)
-        constants = {"T": _TYPES[int(double)], "GRAD": _TYPES[grad_dtype], "CHUNK": self.NORM_CHUNK}
-        self.run(norm_chunks_kernel, chunks, device, arguments, constants)
+    def norm_chunks(self, launch: Any, /) -> None:
+        """Launches the sums of squares of chunks (`NormLaunch`) on the device's current stream."""
+        sent = self._send(launch.grads, launch.device)
+        arguments = (launch.rows, launch.chunk_rows, launch.chunks, sent.data_ptr(), launch.sums)
+        constants = {"T": _TYPES[int(launch.double)], "GRAD": _TYPES[launch.grad_dtype], "CHUNK": self.NORM_CHUNK}
+        self.run(norm_chunks_kernel, launch.chunks, launch.device, arguments, constants)
 
-    def norm_total(self, device: int, stream: int, double: bool, sums: int, chunks: int, norm: int, /) -> None:
-        """Launches the root of the sum of all chunks on the device's current stream."""
-        self.run(norm_total_kernel, 1, device, (sums, chunks, norm), {"T": _TYPES[int(double)]})
+    def norm_total(self, launch: Any, /) -> None:
+        """Launches the root of the sum of all chunks (`TotalLaunch`) on the device's current stream."""
+        arguments = (launch.sums, launch.chunks, launch.norm)
+        self.run(norm_total_kernel, 1, launch.device, arguments, {"T": _TYPES[int(launch.double)]})
 
     def run(self, kernel: Any, chunks: int, device: int, arguments: tuple[int, ...], constants: dict[str, Any]) -> None:
         """Launches a kernel with as many programs as the device holds, or as there are chunks."""

@@ -15,6 +15,10 @@ NO_DECAY = tl.constexpr(0)
 DECOUPLED_DECAY = tl.constexpr(1)
 L2_DECAY = tl.constexpr(2)
 
+# The smallest normal numbers.
+SMALLEST = tl.constexpr(2.0**-126)
+SMALLEST_DOUBLE = tl.constexpr(2.0**-1022)
+
 
 @triton.jit
 def divide(a, b):
@@ -37,7 +41,7 @@ def square_root(x):
 @triton.jit
 def flush_subnormal(x):
     """Below the smallest normal number 0 is stored. NaN stays."""
-    smallest: tl.constexpr = 2.2250738585072014e-308 if x.dtype == tl.float64 else 1.1754943508222875e-38
+    smallest: tl.constexpr = SMALLEST_DOUBLE if x.dtype == tl.float64 else SMALLEST
     return tl.where(tl.abs(x) < smallest, 0.0, x)
 
 
@@ -84,7 +88,7 @@ def update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, s
     e = q * d
     u = flush_subnormal(u + e)
     variance = p * s + (p * e) * d
-    smallest: tl.constexpr = 2.2250738585072014e-308 if s.dtype == tl.float64 else 1.1754943508222875e-38
+    smallest: tl.constexpr = SMALLEST_DOUBLE if s.dtype == tl.float64 else SMALLEST
     s = tl.where(variance < smallest, 0.0, variance)
     w = tl.where(1.0 - w <= saturation, 1.0, w)
     return u, s, w
@@ -93,11 +97,14 @@ def update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, s
 @triton.jit
 def update(
     p, g, m, u, s, w, x,  # a coordinate: parameter, gradient as stored, momentum, moments, AMSGrad's maximum
-    factor, alpha, one_minus_alpha, one_minus_upper, one_minus_lower, first_weight, saturation, eps, step_size, decay,
-    decay_mode, adam_eps, amsgrad,  # scalars
+    coefficients,  # what a tensor's coordinates share, of their type
+    modes,  # decay mode, whether eps stands as in Adam, whether AMSGrad is on
     LAPROP: tl.constexpr,
 ):  # fmt: skip
     """One step; returns the new p, m, u, s, w, x."""
+    factor, alpha, one_minus_alpha, one_minus_upper, one_minus_lower, first_weight, saturation = coefficients[:7]
+    eps, step_size, decay = coefficients[7:]
+    decay_mode, adam_eps, amsgrad = modes
     g = g * factor
     g = tl.where(decay_mode == L2_DECAY, g + decay * p, g)
     u, s, w = update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, saturation)

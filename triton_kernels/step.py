@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .maxva import bias_correction, divide, grad_factor, update
+from .maxva import L2_DECAY, bias_correction, divide, grad_factor, update
 
 # Columns of the table (maxva_kernels/tensor_table.py, STEP_COLUMNS).
 COLUMNS = tl.constexpr(10)
@@ -40,13 +40,15 @@ def _store(address, at, value, begin, end, STORED: tl.constexpr, WHOLE: tl.const
 
 @triton.jit
 def _step_block(
-    params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms,  # addresses where the chunk begins
+    operands,  # addresses where the chunk begins: parameter, gradient, the four moments, AMSGrad's maximum
     first, begin, end,  # the block's first element in the chunk, and which of the chunk are there
-    factor, alpha, one_minus_alpha, one_minus_upper, one_minus_lower, first_weight, saturation, eps, step_size, decay,
-    decay_mode, adam_eps, amsgrad,
+    coefficients, modes,  # as `update` takes them
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,  # all elements are there and every operand is aligned: no masks, so that accesses are wide
 ):  # fmt: skip
+    params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms = operands
+    amsgrad = modes[2]
+
     # 1. Load.
     at = first + tl.arange(0, BLOCK)
     p = _load(params, at, begin, end, PARAM, T, WHOLE)
@@ -61,11 +63,7 @@ def _step_block(
         x = p
 
     # 2. Update.
-    p, m, u, s, w, x = update(
-        p, g, m, u, s, w, x,
-        factor, alpha, one_minus_alpha, one_minus_upper, one_minus_lower, first_weight, saturation, eps, step_size,
-        decay, decay_mode, adam_eps, amsgrad, LAPROP,
-    )  # fmt: skip
+    p, m, u, s, w, x = update(p, g, m, u, s, w, x, coefficients, modes, LAPROP)
 
     # 3. Store.
     _store(params, at, p, begin, end, PARAM, WHOLE)
@@ -179,7 +177,7 @@ def step_kernel(
                 factor = grad_factor(scale, norm, max_norm, tl.load(modes + 4))
                 correction = bias_correction(tl.load(modes), step, T)
                 step_size = divide(lr, correction)
-                decay = tl.where(decay_mode == 2, weight_decay, lr * weight_decay)
+                decay = tl.where(decay_mode == L2_DECAY, weight_decay, lr * weight_decay)
 
                 # Chunks are cut where packets of 16 bytes begin: `shift` elements early in a tensor that begins within
                 # one. Where the operands begin at different places of a packet, all accesses are narrow.
@@ -200,30 +198,37 @@ def step_kernel(
                 is_last = (index + 1) * CHUNK >= numel
                 end = tl.where(is_last, numel - start, CHUNK).to(tl.int32)
 
-                params = param_address + start * param_bytes
-                gradients = grad_address + start * grad_bytes
-                exp_avgs = exp_avg_address + start * state_bytes
-                grad_means = grad_mean_address + start * state_bytes
-                grad_vars = grad_var_address + start * state_bytes
-                weight_sums = weight_sum_address + start * state_bytes
-                max_denoms = max_denom_address + start * state_bytes
+                operands = (
+                    param_address + start * param_bytes,
+                    grad_address + start * grad_bytes,
+                    exp_avg_address + start * state_bytes,
+                    grad_mean_address + start * state_bytes,
+                    grad_var_address + start * state_bytes,
+                    weight_sum_address + start * state_bytes,
+                    max_denom_address + start * state_bytes,
+                )
+                coefficients = (
+                    factor,
+                    tl.load(hyper + 3),  # alpha and 1 - alpha
+                    tl.load(hyper + 4),
+                    tl.load(hyper + 5),  # 1 - the upper and the lower bound of beta
+                    tl.load(hyper + 6),
+                    tl.load(hyper + 7),  # the first gradient's weight
+                    tl.load(hyper + 8),  # w is set to 1 this near to it
+                    tl.load(hyper + 1),  # eps
+                    step_size,
+                    decay,
+                )
+                all_modes = (decay_mode, adam_eps, amsgrad)
                 for first in range(0, end, BLOCK):
                     if aligned & (first >= begin) & (first + BLOCK <= end):
                         _step_block(
-                            params, gradients, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms,
-                            first, begin, end,
-                            factor, tl.load(hyper + 3), tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6),
-                            tl.load(hyper + 7), tl.load(hyper + 8), tl.load(hyper + 1), step_size, decay,
-                            decay_mode, adam_eps, amsgrad, LAPROP, T, PARAM, GRAD, BLOCK, True,
-                        )  # fmt: skip
+                            operands, first, begin, end, coefficients, all_modes, LAPROP, T, PARAM, GRAD, BLOCK, True
+                        )
                     else:
                         _step_block(
-                            params, gradients, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms,
-                            first, begin, end,
-                            factor, tl.load(hyper + 3), tl.load(hyper + 4), tl.load(hyper + 5), tl.load(hyper + 6),
-                            tl.load(hyper + 7), tl.load(hyper + 8), tl.load(hyper + 1), step_size, decay,
-                            decay_mode, adam_eps, amsgrad, LAPROP, T, PARAM, GRAD, BLOCK, False,
-                        )  # fmt: skip
+                            operands, first, begin, end, coefficients, all_modes, LAPROP, T, PARAM, GRAD, BLOCK, False
+                        )
 
         # 3. The last program to get here advances the step counts, when no other will read them any more. The barrier
         # has all threads of this one past their reading.

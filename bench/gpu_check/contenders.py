@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import Parameter
+from step import OPTIONS, bytes_of, make_params, traffic
 
 from maxva_kernels import LaMAdam, MAdam
 from maxva_kernels.backends import registry
 
-OPTIONS = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
 ADAMW = "AdamW (torch, fused)"  # what the others are compared with
 
 
@@ -29,30 +28,6 @@ class Contender:
     bytes: int | None  # moved by a step if every operand crosses the memory bus once each way it must; None: more
     slow: bool = False  # eager code, of which a few steps are enough
     tensors: int = 0  # bytes of all its tensors together
-
-
-def make_params(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Parameter]:
-    params = []
-    for shape in shapes:
-        params.append(Parameter(torch.randn(shape, device=device, dtype=dtype)))
-        params[-1].grad = torch.randn(shape, device=device, dtype=dtype).mul_(1e-3)
-    return params
-
-
-def traffic(params: Sequence[Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Bytes that a step moves, and bytes of all tensors: parameters and state are read and written, gradients read."""
-    moments = [
-        value
-        for state in optimizer.state.values()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor) and key != "step"
-    ]
-    written, read = bytes_of([*params, *moments]), bytes_of([param.grad for param in params])
-    return 2 * written + read, written + read
-
-
-def bytes_of(tensors: Sequence[Any]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def ours(
@@ -130,7 +105,7 @@ COPY, UPDATE = "copy on the device", "in-place update"
 
 def _of(
     name: str,
-    make: Callable[[list[Parameter]], torch.optim.Optimizer],
+    make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer],
     shapes: Sequence[tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device,

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from gpu_check import machine, same_bits
 from maxva_kernels import LaMAdam, MAdam, functional
 from maxva_kernels.backends import cuda
-from maxva_kernels.gpu import DTYPE_CODES, current_stream
+from maxva_kernels.gpu import DTYPE_CODES, NormLaunch, current_stream
 from maxva_kernels.tensor_table import make_norm_table
 
 SIZES = (0, 1, 7, 513, 8193, 16_390)
@@ -67,9 +67,9 @@ def read_beyond(gpu: machine.Gpu) -> None:
     ((dtype, segment),) = table.segments
     address = grad.data_ptr().to_bytes(8, "little")
     stream = current_stream(gpu.device) if gpu.real else 0
+    cut = (segment.rows, segment.chunk_rows, segment.chunks)
     launcher.norm_chunks(
-        *(gpu.device.index or 0, stream, DTYPE_CODES[dtype], False),
-        *(segment.rows, segment.chunk_rows, segment.chunks, address, sums.data_ptr()),
+        NormLaunch(gpu.device.index or 0, stream, DTYPE_CODES[dtype], False, *cut, address, sums.data_ptr())
     )
 
 

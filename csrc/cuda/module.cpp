@@ -103,14 +103,14 @@ PyObject* guarded(Body body) {
   Py_RETURN_NONE;
 }
 
-PyObject* step(PyObject*, PyObject* args) {
+PyObject* step(PyObject*, PyObject* launched) {
   int device, param, grad, laprop;
   unsigned long long stream, rows, chunk_rows, ticket, grad_scale, found_inf, grad_norm;
   long long chunks;
   double max_grad_norm;
   PyObject *groups, *grads;
-  if (!PyArg_ParseTuple(args, "iKiipKKLKSSKKKd", &device, &stream, &param, &grad, &laprop, &rows, &chunk_rows, &chunks,
-                        &ticket, &groups, &grads, &grad_scale, &found_inf, &grad_norm, &max_grad_norm)) {
+  if (!PyArg_ParseTuple(launched, "iKiipKKLKSSKKKd", &device, &stream, &param, &grad, &laprop, &rows, &chunk_rows,
+                        &chunks, &ticket, &groups, &grads, &grad_scale, &found_inf, &grad_norm, &max_grad_norm)) {
     return nullptr;
   }
   return guarded([&] {
@@ -127,12 +127,12 @@ PyObject* step(PyObject*, PyObject* args) {
   });
 }
 
-PyObject* norm_chunks(PyObject*, PyObject* args) {
+PyObject* norm_chunks(PyObject*, PyObject* launched) {
   int device, grad, twice;
   unsigned long long stream, rows, chunk_rows, sums;
   long long chunks;
   PyObject* grads;
-  if (!PyArg_ParseTuple(args, "iKipKKLSK", &device, &stream, &grad, &twice, &rows, &chunk_rows, &chunks, &grads,
+  if (!PyArg_ParseTuple(launched, "iKipKKLSK", &device, &stream, &grad, &twice, &rows, &chunk_rows, &chunks, &grads,
                         &sums)) {
     return nullptr;
   }
@@ -148,11 +148,11 @@ PyObject* norm_chunks(PyObject*, PyObject* args) {
   });
 }
 
-PyObject* norm_total(PyObject*, PyObject* args) {
+PyObject* norm_total(PyObject*, PyObject* launched) {
   int device, twice;
   unsigned long long stream, sums, norm;
   long long chunks;
-  if (!PyArg_ParseTuple(args, "iKpKLK", &device, &stream, &twice, &sums, &chunks, &norm)) {
+  if (!PyArg_ParseTuple(launched, "iKpKLK", &device, &stream, &twice, &sums, &chunks, &norm)) {
     return nullptr;
   }
   return guarded([&] {
@@ -174,14 +174,11 @@ PyObject* probe(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"step", step, METH_VARARGS,
-     "step(device, stream, param_dtype, grad_dtype, laprop, rows, chunk_rows, chunks, ticket, groups, grads, "
-     "grad_scale, found_inf, grad_norm, max_grad_norm)\n\nLaunches one step."},
-    {"norm_chunks", norm_chunks, METH_VARARGS,
-     "norm_chunks(device, stream, grad_dtype, double, rows, chunk_rows, chunks, grads, sums)\n\n"
-     "Launches the sums of squares of all chunks."},
-    {"norm_total", norm_total, METH_VARARGS,
-     "norm_total(device, stream, double, sums, chunks, norm)\n\nLaunches the root of the sum of all chunks."},
+    {"step", step, METH_O, "step(launch)\n\nLaunches one step, given as a maxva_kernels.gpu.StepLaunch."},
+    {"norm_chunks", norm_chunks, METH_O,
+     "norm_chunks(launch)\n\nLaunches the sums of squares of chunks, given as a NormLaunch."},
+    {"norm_total", norm_total, METH_O,
+     "norm_total(launch)\n\nLaunches the root of the sum of all chunks, given as a TotalLaunch."},
     {"probe", probe, METH_VARARGS, "probe(device)\n\nRaises RuntimeError if the kernels cannot run on that device."},
     {nullptr, nullptr, 0, nullptr}};
 
