@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from . import distributed
 from .groups import HYPERPARAMETERS, MOMENTS, state_dtype
 
 
@@ -60,6 +61,11 @@ def unwrap(state: MutableMapping[Any, Any]) -> None:
             }
 
 
+def _placed(tensor: Tensor) -> str:
+    placement = distributed.placement(tensor)
+    return "a plain tensor" if placement is None else f"a DTensor {placement[1]} on {placement[0]}"
+
+
 def _copy(name: str, value: Any, param: Tensor) -> Tensor:
     if name == "step":  # an int, or a float tensor, where another tool wrote the checkpoint
         return torch.as_tensor(value).detach().reshape(()).to(param.device, torch.int64, copy=True)
@@ -103,6 +109,11 @@ def _check_state(index: int, param: Tensor, entries: Any) -> None:
             raise ValueError(
                 f"{where} has {name} of shape {shape}, but the parameter has {list(param.shape)}; "
                 "is this the checkpoint of another model, or are the parameters in another order?"
+            )
+        if distributed.placement(value) != distributed.placement(param):
+            raise ValueError(
+                f"{where} has {name} as {_placed(value)}, but the parameter is {_placed(param)}; "
+                "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict moves a checkpoint between placements"
             )
         if value.dtype != state_dtype(param):
             raise ValueError(

@@ -1,37 +1,193 @@
-"""DTensors, as FSDP2 makes of parameters: each rank steps on its own shard."""
+"""Parameters spread over ranks: DTensors (FSDP2, tensor parallelism), or engines that give each rank some of them.
+
+Each rank steps on what it holds. The gradient norm is over all ranks: each takes the norm of its own part, the norms
+are gathered, and every rank adds them in the same order, so that all clip by the same bits. Which ranks gather follows
+from the parameters alone, never from which of them have a gradient: a rank whose shards are empty takes part.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .groups import Group, TensorLists
 
-_PLAIN = (torch.nn.Parameter, Tensor)
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_PLAIN = {torch.nn.Parameter, Tensor}
+
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+_DEEPSPEED = "deepspeed.runtime.zero"
 
 
-def is_sharded(groups: Sequence[Group]) -> bool:
-    """Whether any parameter is a DTensor."""
-    # The type's identity settles nearly all tensors at a few nanoseconds each.
-    return any(
-        type(param) not in _PLAIN and hasattr(param, "to_local") for group in groups for param in group.tensors.params
-    )
+def is_dtensor(tensor: Any) -> bool:
+    return type(tensor) not in _PLAIN and hasattr(tensor, "placements")
+
+
+def placement(tensor: Any) -> tuple[DeviceMesh, tuple[Any, ...]] | None:
+    """Where a DTensor lies; None for what is none."""
+    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+
+
+def any_dtensor(tensors: Iterable[Any]) -> bool:
+    tensors = list(tensors)
+    return not _PLAIN.issuperset(map(type, tensors)) and any(map(is_dtensor, tensors))  # the types settle nearly all
+
+
+def to_local(tensor: Any) -> Any:
+    """This rank's part, which shares its memory; what is no DTensor, as None, stays."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def local(groups: Sequence[Group]) -> list[Group]:
-    """The groups with every DTensor replaced by the shard that this rank holds, which shares its memory."""
-    return [
-        Group(
-            group.hyper,
-            TensorLists(*([_local(t) for t in getattr(group.tensors, f.name)] for f in fields(TensorLists))),
+    """The groups with every DTensor replaced by the shard that this rank holds, which shares its memory.
+
+    Raises:
+        RuntimeError: a gradient is not spread as its parameter is and cannot be; the message names it.
+    """
+    index = 0  # in the list of gradients that are there, which messages count
+    moved = []
+    for hyper, tensors in groups:
+        grads = list(tensors.grads)
+        for i, (param, grad) in enumerate(zip(tensors.params, grads, strict=True)):
+            if grad is not None:
+                grads[i] = _as_spread(grad, param, index)
+                index += 1
+        lists = {field.name: getattr(tensors, field.name) for field in fields(TensorLists)}
+        lists["grads"] = grads
+        moved.append(Group(hyper, TensorLists(**{name: list(map(to_local, lists[name])) for name in lists})))
+    return moved
+
+
+def _as_spread(grad: Any, param: Any, index: int) -> Any:
+    """The gradient with its parts where the parameter's are: tensor parallel layers may leave it to be added up."""
+    if not is_dtensor(param) and not is_dtensor(grad):
+        return grad
+    if is_dtensor(param) != is_dtensor(grad):
+        one, other = ("a DTensor", "a plain tensor") if is_dtensor(grad) else ("a plain tensor", "a DTensor")
+        raise RuntimeError(
+            f"maxva: grads[{index}] is {one}, but its parameter is {other}; "
+            "use DTensor.from_local or .to_local() to make them alike"
         )
-        for group in groups
-    ]
+    if grad.device_mesh != param.device_mesh:
+        raise RuntimeError(
+            f"maxva: grads[{index}] is on another device mesh ({grad.device_mesh}) than its parameter "
+            f"({param.device_mesh}); redistribute one of them"
+        )
+    return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
 
 
-def _local(tensor: Any) -> Any:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a missing gradient stays None
+class Spread(NamedTuple):
+    """Where the parts of DTensors lie: along which dimensions of which mesh they are cut."""
+
+    mesh: DeviceMesh
+    dims: tuple[int, ...]
+
+    def gather(self, norm: Tensor) -> Tensor:
+        """The norm of the whole from each rank's own."""
+        norm = norm.to(self.mesh.device_type)  # gradients that are offloaded lie elsewhere
+        for dim in self.dims:
+            norm = gather(norm, self.mesh.get_group(dim))
+        return norm
+
+
+def spread_of(tensor: Any) -> Spread | None:
+    """None for a tensor that is no DTensor."""
+    if not is_dtensor(tensor):
+        return None
+    cut = (dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
+    return Spread(tensor.device_mesh, tuple(cut))
+
+
+def spreads(tensors: Sequence[Any], name: str = "params") -> list[Spread | None]:
+    """Every `Spread` that there is among the tensors, in the order of their first; [None] where there is no DTensor.
+
+    Raises:
+        RuntimeError: they have no norm together that all ranks would agree on; the message names a tensor.
+    """
+    if not any_dtensor(tensors):
+        return [None]
+    found: dict[Spread | None, int] = {}
+    for index, tensor in enumerate(tensors):
+        if is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements):
+            raise RuntimeError(
+                f"maxva: {name}[{index}] is still to be added up over ranks (placements {tensor.placements}); "
+                "redistribute it first"
+            )
+        found.setdefault(spread_of(tensor), index)
+    if None in found and len(found) > 1:
+        raise RuntimeError(
+            f"maxva: max_grad_norm needs to know where the whole of each tensor is, but {name}[{found[None]}] is a "
+            "plain tensor beside DTensors, which may be a copy or a part; shard it too, or make it a DTensor by "
+            "torch.distributed.tensor.distribute_tensor(tensor, mesh, [Replicate()])"
+        )
+    meshes = [(spread.mesh, index) for spread, index in found.items() if spread is not None]
+    for mesh, index in meshes[1:]:
+        first, at = meshes[0]
+        if mesh != first and set(mesh.mesh.flatten().tolist()) != set(first.mesh.flatten().tolist()):
+            raise RuntimeError(
+                f"maxva: max_grad_norm needs all tensors on the same ranks, but {name}[{index}] is on {mesh} and "
+                f"{name}[{at}] on {first}; clip before the step, by the norm over all that you have of all ranks"
+            )
+    return list(found)
+
+
+def by_spread(
+    owners: Sequence[Any], grads: Sequence[Tensor | None], spreads: Sequence[Spread | None]
+) -> dict[Spread | None, list[Tensor]]:
+    """The gradients that are there, under the spread of their owners; an empty list for one that has none."""
+    if spreads == [None]:
+        return {None: [grad for grad in grads if grad is not None]}
+    parts: dict[Spread | None, list[Tensor]] = {spread: [] for spread in spreads}
+    for owner, grad in zip(owners, grads, strict=True):
+        if grad is not None:
+            parts[spread_of(owner)].append(grad)
+    return parts
+
+
+def gather(norm: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The norm of all ranks' norms, float64; added in the ranks' order, and so the same on each."""
+    own = norm.to(torch.float64).reshape(1)
+    norms = own.new_empty(dist.get_world_size(group))
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
+    all_gather(norms, own, group=group)
+    return torch.linalg.vector_norm(norms)
+
+
+def norm_group(params: Iterable[Tensor]) -> dist.ProcessGroup | None:
+    """The ranks among which an engine has divided the parameters without their telling; None where there is no such.
+
+    Note [Engines that hide what they divide]: `ZeroRedundancyOptimizer` makes on each rank an optimizer of some of the
+    parameters, and calls its `step`. Nothing that this optimizer sees says that there is more, and a norm over what it
+    sees would clip each rank's parameters by another factor, without a word. So it looks at who is calling.
+
+    Raises:
+        RuntimeError: the engine divides tensors in a way that leaves the norm to itself.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    engine = None
+    frame: FrameType | None = sys._getframe(1)
+    while frame and engine is None:
+        module = frame.f_globals.get("__name__", "")
+        if module == _ZERO:
+            return frame.f_locals["self"].process_group
+        if module.startswith(_DEEPSPEED):
+            engine, remedy = "DeepSpeed's ZeRO", "use gradient_clipping in DeepSpeed's configuration"
+        frame = frame.f_back
+    if engine is None and any(getattr(param, "_fsdp_flattened", False) for param in params):
+        engine, remedy = "FSDP1", "use its clip_grad_norm_ before the step, or fully_shard (FSDP2)"
+    if engine is None:
+        return None
+    raise RuntimeError(
+        f"maxva: {engine} gives each rank a part of the parameters, so that max_grad_norm would clip by that part's "
+        f"norm; {remedy}"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from . import distributed
 from .backends.registry import select
 from .groups import Group, Hyperparameters, Scaling, TensorLists, joined
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["grad_norm", "lamadam_", "madam_", "step_groups"]
 
@@ -102,30 +106,34 @@ def step_groups(
     *,
     laprop: bool,
     max_grad_norm: float | None = None,
+    norm_group: ProcessGroup | None = None,
+    spreads: Sequence[distributed.Spread | None] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """One step over several groups, each with its hyperparameters; the clip is by the norm over all of them.
 
-    Each group's tensors share a device; the groups may be on several. Args and errors as for `madam_`.
+    Each group's tensors share a device; the groups may be on several. Parameters may be DTensors, all ranks calling.
+
+    Args:
+        norm_group: ranks whose gradients belong to the norm too, though no DTensor tells.
+        spreads: of all parameters that the norm is ever about; None: of the groups' parameters.
+
+    Other args and errors as for `madam_`.
     """
-    groups = [group for group in groups if any(grad is not None for grad in group.tensors.grads)]
     check_max_grad_norm(max_grad_norm)
-    if not groups:
-        return
-    if distributed.is_sharded(groups):
-        if max_grad_norm is not None:
-            raise NotImplementedError(
-                "max_grad_norm with DTensor parameters is not implemented yet; use torch.nn.utils.clip_grad_norm_"
-            )
+    params = joined(groups, "params")
+    if distributed.any_dtensor(params):
         groups = distributed.local(groups)
+    norm = None
+    if max_grad_norm is not None:  # whatever gradients are here: ranks that have others wait for this one's norm
+        spreads = distributed.spreads(params) if spreads is None else spreads
+        norm = _grad_norm(params, joined(groups, "grads"), spreads, norm_group, backend)
+    groups = [group for group in groups if any(grad is not None for grad in group.tensors.grads)]
     by_device: dict[torch.device, list[Group]] = {}
     for group in groups:
         by_device.setdefault(group.tensors.params[0].device, []).append(group)
-    norm = None
-    if max_grad_norm is not None:
-        norm = grad_norm([grad for grad in joined(groups, "grads") if grad is not None], backend=backend)
     for device, members in by_device.items():
         grad_scale, found_inf, norm = (_on(device, scalar) for scalar in (grad_scale, found_inf, norm))
         scaling = Scaling(grad_scale, found_inf, norm, max_grad_norm)
@@ -136,15 +144,45 @@ def step_groups(
 def grad_norm(grads: list[Tensor], *, backend: str = "auto") -> Tensor:
     """The L2 norm over all gradients together, as a scalar tensor on the first one's device.
 
-    float64 if any gradient is, else float32. Deterministic: it depends neither on threads nor on the backend's
-    geometry. Squares neither overflow nor vanish on the way (see csrc/norm.h).
+    float32, or float64 if any gradient is, or where norms of several devices or ranks are joined. Deterministic: it
+    depends neither on threads nor on the backend's geometry. Squares neither overflow nor vanish on the way (see
+    csrc/norm.h).
+
+    Of DTensors it is the norm of the whole tensors, and every rank of their meshes must call it.
+
+    Raises:
+        RuntimeError: a tensor has no norm (it is sparse, say), or the ranks would not agree on it.
     """
-    if not grads:
-        return torch.zeros(())
+    spreads = distributed.spreads(grads, "grads")
+    return _grad_norm(grads, [distributed.to_local(grad) for grad in grads], spreads, None, backend)
+
+
+def _grad_norm(
+    owners: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    spreads: Sequence[distributed.Spread | None],
+    norm_group: ProcessGroup | None,
+    backend: str,
+) -> Tensor:
+    """The norm of local gradients, each a part of a tensor that is spread as its owner."""
+    norms = []
+    for spread, parts in distributed.by_spread(owners, grads, spreads).items():
+        norm = _norm_here(parts, backend)
+        norms.append(norm if spread is None else spread.gather(norm))
+    norm = _joined_norm(norms)
+    return norm if norm_group is None else distributed.gather(norm, norm_group)
+
+
+def _norm_here(grads: Sequence[Tensor], backend: str) -> Tensor:
     by_device: dict[torch.device, list[Tensor]] = {}
     for grad in grads:
         by_device.setdefault(grad.device, []).append(grad)
-    norms = [select(backend, device).grad_norm(members) for device, members in by_device.items()]
+    if not by_device:
+        return torch.zeros(())
+    return _joined_norm([select(backend, device).grad_norm(members) for device, members in by_device.items()])
+
+
+def _joined_norm(norms: Sequence[Tensor]) -> Tensor:
     if len(norms) == 1:
         return norms[0]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from . import checkpoint, checks, functional, gpu
+from . import checkpoint, checks, distributed, functional, gpu
 from .backends.registry import select
 from .groups import HYPERPARAMETERS, MOMENTS, Group, Hyperparameters, TensorLists, state_dtype
 
@@ -35,7 +35,8 @@ _ARGUMENTS = """
         eps_mode: "paper" adds eps beside sqrt(v~) (Algorithm 1, line 12), "adam" beside the bias-corrected sqrt(v), as
             `torch.optim.Adam` and the authors' code do.
         max_grad_norm: clip the gradients of all groups together to this L2 norm, inside the step; the gradients are
-            not written. None: no clipping.
+            not written. Under FSDP2 and `ZeroRedundancyOptimizer` it is the norm of the whole gradient, and all
+            ranks must step together. None: no clipping.
         state_dtype: None is the only choice yet.
         master_weights: False is the only choice yet.
         capturable: keep the learning rate in a tensor on the parameters' device, which schedulers update in place, so
@@ -64,7 +65,13 @@ class _MaxVA(Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(
-        self, params: Any, *, max_grad_norm: float | None, capturable: bool, backend: str, **defaults: Any
+        self,
+        params: Any,
+        *,
+        max_grad_norm: float | None,
+        capturable: bool,
+        backend: str,
+        **defaults: Any,
     ) -> None:
         functional.check_max_grad_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
@@ -79,7 +86,8 @@ class _MaxVA(Optimizer):
         group = self.param_groups[-1]
         try:
             for option in ("max_grad_norm", "capturable", "backend"):
-                if option in group:
+                # ZeroRedundancyOptimizer writes all of its arguments into the groups.
+                if group.pop(option, getattr(self, option)) != getattr(self, option):
                     raise ValueError(f"{option} is the whole optimizer's and cannot be set in a parameter group")
             _hyperparameters(group)
             if isinstance(group["lr"], Tensor):  # read now, and not in each step: a GPU would be waited for
@@ -125,6 +133,7 @@ class _MaxVA(Optimizer):
                 self._gather(fresh),
                 laprop=self._laprop,
                 max_grad_norm=self.max_grad_norm,
+                **self._ranks_of_norm(),
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
                 backend=self.backend,
@@ -139,6 +148,13 @@ class _MaxVA(Optimizer):
                 raise RuntimeError(_name_parameter(str(error), self._listed)) from error
             raise
         return loss
+
+    def _ranks_of_norm(self) -> dict[str, Any]:
+        """Where the gradients lie that the norm is about, if there is one: from all parameters, whatever has gradients."""
+        if self.max_grad_norm is None:
+            return {}
+        params = [param for group in self.param_groups for param in group["params"]]
+        return {"norm_group": distributed.norm_group(params), "spreads": distributed.spreads(params)}
 
     def _gather(self, fresh: list[tuple[Tensor, str | None]]) -> list[Group]:
         """The groups with the tensors of all parameters that have or had a gradient, divided by device where need be.
@@ -219,8 +235,8 @@ class _MaxVA(Optimizer):
             group["lr"] = lr.cpu()  # of a checkpoint from another device
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"max_grad_norm": self.max_grad_norm, "capturable": self.capturable, "backend": self.backend}
-        return {**super().__getstate__(), **own}
+        own = ("max_grad_norm", "capturable", "backend")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from cases import cannot_simulate
+from ranks import Ranks
 
 
 def _install(backend: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Any:
@@ -56,3 +57,18 @@ def simulated(simulate: Callable[..., Any]) -> Any:
 def simulate_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """As `simulate`, for what the CUDA kernels alone have."""
     return lambda **options: _install("cuda", monkeypatch, **options)
+
+
+@pytest.fixture(scope="module")
+def pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
+    """Processes by their number; started when first asked for, and again where a test has broken them."""
+    running: dict[int, Ranks] = {}
+
+    def of(count: int) -> Ranks:
+        if count not in running or not running[count].alive:
+            running[count] = Ranks(count, tmp_path_factory.mktemp(f"ranks{count}"))
+        return running[count]
+
+    yield of
+    for ranks in running.values():
+        ranks.close()

@@ -1,0 +1,329 @@
+"""Several processes: every engine gives what one process does, every rank clips by the norm of the whole gradient."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import engines
+import pytest
+import torch
+import torch.distributed as dist
+from cases import ALGORITHMS, bits
+from engines import alone, make_model, replicate, run, shard, shard_and_replicate, spread, whole
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+import maxva_kernels
+from maxva_kernels import MAdam, functional
+
+NAMES = [algorithm.__name__ for algorithm in ALGORITHMS]
+by_name = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(params=[2, 3], ids=lambda count: f"{count} ranks")
+def ranks(request, pools):
+    return pools(request.param)
+
+
+# --- engines --------------------------------------------------------------------------------------------------------
+
+ENGINES = {
+    "DDP": {"wrap": replicate},
+    "FSDP2": {"wrap": shard},
+    "HSDP": {"wrap": shard_and_replicate},
+    "ZeRO": {"wrap": replicate, "zero": True},
+}
+OPTIONS = {
+    "plain": {},
+    "clip": {"max_grad_norm": 0.1},
+    "AMSGrad, clip, decay": {"amsgrad": True, "max_grad_norm": 0.1, "weight_decay": 0.1},
+}
+
+
+@functools.cache
+def on_one_process(name: str, option: str):
+    return run(name, alone, **OPTIONS[option])
+
+
+@by_name
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engine_does_what_one_process_does(engine, option, name, ranks):
+    """Guards against a norm over the local shard, averaged or doubled gradients, and empty shards left behind.
+
+    In float64 all that differs is the order in which the loss's gradient is added up, an error of some 1e-16 a step;
+    a norm over one rank's part would be wrong in the first digit, as the clip is always at work.
+    """
+    expected, expected_states = on_one_process(name, option)
+    for params, states in ranks(functools.partial(run, name, **ENGINES[engine], **OPTIONS[option])):
+        torch.testing.assert_close(params, expected, rtol=1e-11, atol=1e-13)
+        if states:
+            torch.testing.assert_close(states, expected_states, rtol=1e-10, atol=1e-13)
+
+
+def test_the_clip_is_at_work():
+    """Guards the test above against an option without effect."""
+    plain, clipped = (run("MAdam", alone, steps=2, **OPTIONS[option])[1] for option in ("plain", "clip"))
+    for state, other in zip(plain, clipped, strict=True):
+        assert not torch.allclose(state["exp_avg"], other["exp_avg"], rtol=0.5)
+
+
+# --- shards of given tensors ----------------------------------------------------------------------------------------
+
+SHAPES = [(5, 4), (1,), (2, 3), (7,), (4, 4), ()]
+
+
+def random(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+def placements_of(kind: str) -> tuple[Any, list[Any]]:
+    """A mesh, and for each of SHAPES the placements on it."""
+    if kind == "two dimensions":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("a", "b"))
+        options = [(Shard(0), Replicate()), (Replicate(), Shard(0)), (Shard(0), Shard(1)), (Replicate(), Replicate())]
+    else:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        options = {"rows": [(Shard(0),)], "mixed": [(Shard(1),), (Replicate(),), (Shard(0),)]}[kind]
+    chosen = []
+    for i, shape in enumerate(SHAPES):
+        placement = options[i % len(options)]
+        fits = all(not isinstance(p, Shard) or p.dim < len(shape) for p in placement)
+        chosen.append(placement if fits else (Replicate(),) * mesh.ndim)
+    return mesh, chosen
+
+
+def step_on_shards(name: str, kind: str, dtype: torch.dtype, options: dict[str, Any], steps: int = 4):
+    """Parameters and state, whole, of DTensors whose gradients are given."""
+    mesh, placements = placements_of(kind)
+    params = [torch.nn.Parameter(p) for p in spread(random(0, dtype), mesh, placements)]
+    optimizer = getattr(maxva_kernels, name)(params, lr=0.1, **options)
+    for step in range(steps):
+        for param, grad in zip(params, spread(random(1 + step, dtype), mesh, placements), strict=True):
+            param.grad = grad
+        optimizer.step()
+    return [whole(param) for param in params], [engines.state_of(optimizer, param) for param in params]
+
+
+def step_alone(name: str, dtype: torch.dtype, options: dict[str, Any], steps: int = 4):
+    params = [torch.nn.Parameter(p) for p in random(0, dtype)]
+    optimizer = getattr(maxva_kernels, name)(params, lr=0.1, **options)
+    for step in range(steps):
+        for param, grad in zip(params, random(1 + step, dtype), strict=True):
+            param.grad = grad
+        optimizer.step()
+    return [whole(param) for param in params], [engines.state_of(optimizer, param) for param in params]
+
+
+def same_bits(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> bool:
+    return all(torch.equal(bits(a), bits(b)) for a, b in zip(found, expected, strict=True))
+
+
+@by_name
+@pytest.mark.parametrize("kind", ["rows", "mixed", "two dimensions"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_shards_give_the_bits_of_the_whole(dtype, kind, name, ranks):
+    """Guards against an element that a shard's bounds lose or step twice on, in any placement; without clip, bits."""
+    for params, states in ranks(step_on_shards, name, kind, dtype, {}):
+        expected, expected_states = step_alone(name, dtype, {})
+        assert same_bits(params, expected)
+        for state, expected_state in zip(states, expected_states, strict=True):
+            assert state.keys() == expected_state.keys()
+            assert same_bits(state.values(), expected_state.values())
+
+
+@pytest.mark.parametrize("kind", ["rows", "mixed", "two dimensions"])
+def test_replicas_count_once_in_the_norm_and_agree(kind, ranks):
+    """Guards against a replicated tensor counted by every rank, and against ranks whose clips differ by a rounding."""
+    options = {"max_grad_norm": 0.5}
+    everyone = ranks(step_on_shards, "MAdam", kind, torch.float64, options)
+    expected, _ = step_alone("MAdam", torch.float64, options)
+    for params, _ in everyone:
+        torch.testing.assert_close(params, expected, rtol=1e-13, atol=1e-15)
+        assert same_bits(params, everyone[0][0])
+
+
+# --- the norm -------------------------------------------------------------------------------------------------------
+
+
+def norm_of_shards(kind: str, dtype: torch.dtype) -> torch.Tensor:
+    mesh, placements = placements_of(kind)
+    return functional.grad_norm(spread(random(7, dtype), mesh, placements))
+
+
+@pytest.mark.parametrize("kind", ["rows", "mixed", "two dimensions"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_norm_of_shards(dtype, kind, ranks):
+    """Guards the public norm; each of some partial norms is rounded once, to float32 or float64, as the whole is."""
+    expected = functional.grad_norm(random(7, dtype))
+    norms = ranks(norm_of_shards, kind, dtype)
+    epsilon = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    for norm in norms:
+        assert abs(norm.item() / expected.item() - 1) <= 2 * epsilon
+        assert norm.item() == norms[0].item()
+
+
+def step_with_gradients_on_one_rank(name: str):
+    """Rank 0 alone has gradients; and a second optimizer is stepped after it, whose collectives must meet too."""
+    mesh, placements = placements_of("rows")
+    params = [torch.nn.Parameter(p) for p in spread(random(0, torch.float32), mesh, placements)]
+    other = [torch.nn.Parameter(p) for p in spread(random(5, torch.float32), mesh, placements)]
+    before = [whole(param) for param in params]
+    optimizers = [getattr(maxva_kernels, name)(group, max_grad_norm=0.1) for group in (params, other)]
+    grads = spread(random(1, torch.float32), mesh, placements)
+    for param, second, grad in zip(params, other, grads, strict=True):
+        second.grad = grad
+        if dist.get_rank() == 0:
+            param.grad = grad
+    for optimizer in optimizers:
+        optimizer.step()
+    return [bool((whole(param) != old).any()) for param, old in zip(params, before, strict=True)]
+
+
+@by_name
+def test_rank_without_gradients_joins_the_norm(name, ranks):
+    """Guards against a hang: a rank that has nothing to step on, or not yet, must still be met by the others."""
+    for moved in ranks(step_with_gradients_on_one_rank, name):
+        assert moved[0]
+
+
+def redistributed_gradients() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The same gradients, as halves to be added up by ranks and sharded along another dimension."""
+    mesh, count = init_device_mesh("cpu", (dist.get_world_size(),)), dist.get_world_size()
+    results = []
+    for changed in (False, True):
+        params = [torch.nn.Parameter(distribute_tensor(torch.ones(4, 6), mesh, [p])) for p in (Replicate(), Shard(0))]
+        grad = torch.arange(24.0).reshape(4, 6)
+        parts = DTensor.from_local(grad / count, mesh, [Partial()]), distribute_tensor(grad, mesh, [Shard(1)])
+        for param, part in zip(params, parts, strict=True):
+            param.grad = part if changed else distribute_tensor(grad, mesh, param.placements)
+        MAdam(params, lr=0.1, max_grad_norm=1.0).step()
+        results.append([whole(param) for param in params])
+    return results[0], results[1]
+
+
+def test_gradients_follow_their_parameters_placement(pools):
+    """Guards against a gradient that tensor parallelism leaves as a sum to be made, taken for the sum."""
+    for expected, found in pools(2)(redistributed_gradients):
+        assert same_bits(found, expected)
+
+
+# --- AMP ------------------------------------------------------------------------------------------------------------
+
+
+def train_with_overflow(name: str) -> list[tuple[bool, set[int], float]]:
+    """FSDP2 under a gradient scaler, with an inf in rank 1's gradient at step 2: whether each step moved anything, the
+    steps that the state counts, and the scale."""
+    model = shard(make_model(torch.float32))
+    optimizer = engines.make_optimizer(name, model, max_grad_norm=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=100)
+    history = []
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(engines.loss_of(model, step, engines.my_rows())).backward()
+        if step == 2 and dist.get_rank() == 1:
+            model.first.weight.grad.to_local()[0, 0] = torch.inf
+        before = [whole(param) for param in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        moved = any(bool((whole(p) != old).any()) for p, old in zip(model.parameters(), before, strict=True))
+        steps = {int(optimizer.state[param]["step"]) for param in model.parameters()}
+        history.append((moved, steps, scaler.get_scale()))
+    return history
+
+
+@by_name
+def test_overflow_on_one_rank_skips_the_step_on_all(name, pools):
+    """Guards against ranks that part: one skips, the others step."""
+    for history in pools(2)(train_with_overflow, name):
+        assert history == [(True, {1}, 64.0), (True, {2}, 64.0), (False, {2}, 32.0), (True, {3}, 32.0)]
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refusal(kind: str) -> str:
+    """The message of a step, or of what leads to it, that cannot be right."""
+    mesh = init_device_mesh("cpu", (2,))
+    first, second = (torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])) for _ in range(2))
+    plain = torch.nn.Parameter(torch.ones(3))
+    names: list[tuple[str, torch.Tensor]] = [("first", first), ("second", second)]
+    if kind in ("plain beside sharded", "plain beside sharded, no clip"):
+        names.append(("plain", plain))
+    if kind == "ranks differ":
+        own = init_device_mesh("cpu", (2, 1), mesh_dim_names=("x", "y"))["y"]
+        names.append(("expert", torch.nn.Parameter(distribute_tensor(torch.ones(4), own, [Shard(0)]))))
+    optimizer = MAdam(names, max_grad_norm=None if kind.endswith("no clip") else 1.0)
+    for _, param in names:
+        param.grad = torch.ones_like(param)
+    if kind == "plain gradient":
+        return _step_with(optimizer, second, torch.ones(2, 4))
+    if kind == "gradient on another mesh":
+        other = init_device_mesh("cpu", (2, 1), mesh_dim_names=("x", "y"))
+        return _step_with(optimizer, second, distribute_tensor(torch.ones(4, 4), other, [Shard(0), Replicate()]))
+    if kind.startswith("loaded"):
+        optimizer.step()
+        saved = optimizer.state_dict()
+        for name in ("exp_avg", "grad_mean", "grad_var", "weight_sum"):
+            value = saved["state"][1][name].full_tensor()
+            if kind == "loaded, of other placement":
+                value = distribute_tensor(value, mesh, [Shard(1)])
+            saved["state"][1][name] = value
+        return _message(lambda: optimizer.load_state_dict(saved))
+    return _message(optimizer.step)
+
+
+def _step_with(optimizer: torch.optim.Optimizer, param: torch.Tensor, grad: torch.Tensor) -> str:
+    """Autograd refuses to set such gradients; the functional form is not asked."""
+    groups = optimizer._gather([])
+    groups[0].tensors.grads[1] = grad
+    with torch.no_grad():
+        return _message(lambda: functional.step_groups(groups, laprop=False, backend="cpu"))
+
+
+def _message(call: Any) -> str:
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+REFUSALS = {
+    "plain beside sharded": ("params[2] is a plain tensor beside DTensors", "'plain'", "distribute_tensor"),
+    "plain beside sharded, no clip": (),
+    "ranks differ": ("same ranks", "params[2]", "'expert'", "clip before the step"),
+    "plain gradient": ("grads[1] is a plain tensor, but its parameter is a DTensor",),
+    "gradient on another mesh": ("grads[1] is on another device mesh", "redistribute"),
+    "loaded, whole": ("state of parameter 1", "exp_avg", "plain tensor", "set_optimizer_state_dict"),
+    "loaded, of other placement": ("state of parameter 1", "exp_avg", "Shard(dim=1)", "set_optimizer_state_dict"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_what_cannot_be_right_is_refused(kind, pools):
+    """Guards against a silently wrong norm or state; the last is about plain parameters, which step well unclipped."""
+    for message in pools(2)(refusal, kind):
+        for part in REFUSALS[kind]:
+            assert part in message
+        assert bool(message) == bool(REFUSALS[kind])
+
+
+def clip_under_fsdp1(use_orig_params: bool) -> str:
+    model = FullyShardedDataParallel(
+        make_model(torch.float32), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    optimizer = MAdam(model.parameters(), lr=0.1, max_grad_norm=1.0)
+    engines.loss_of(model, 0, engines.my_rows()).backward()
+    return _message(optimizer.step)
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_engine_whose_partition_is_its_own_clips_itself(use_orig_params, pools):
+    """Guards against a clip by the norm of one rank's part, which nothing in the parameters tells."""
+    for message in pools(2)(clip_under_fsdp1, use_orig_params):
+        assert "clip_grad_norm_" in message
