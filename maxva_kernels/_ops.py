@@ -114,6 +114,11 @@ def call_step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
 
 def _rates(hypers: Sequence[Hyperparameters]) -> Tensor:
     """The groups' learning rates as the operator takes them."""
+    if torch.compiler.is_compiling():
+        # Arithmetic with a tensor is what lets torch.compile take a number as an input: others would be constants of
+        # the graph, made anew for each value.
+        zero = torch.zeros((), dtype=torch.float64, device="cpu")
+        return torch.stack([zero + (h.lr.cpu().reshape(()) if isinstance(h.lr, Tensor) else h.lr) for h in hypers])
     if any(isinstance(hyper.lr, Tensor) for hyper in hypers):
         return torch.stack(
             [torch.as_tensor(hyper.lr, dtype=torch.float64, device="cpu").reshape(()) for hyper in hypers]

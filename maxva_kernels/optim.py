@@ -39,6 +39,7 @@ _ARGUMENTS = """
             ranks must step together. None: no clipping.
         state_dtype: None is the only choice yet.
         master_weights: False is the only choice yet.
+        differentiable: False is the only choice: the kernels record no graph to differentiate a step by.
         capturable: keep the learning rate in a tensor on the parameters' device, which schedulers update in place, so
             that `step` can be captured in a CUDA graph whose replays follow it. Run some steps before the capture.
         backend: "auto" (the fastest that can run on each parameter's device), "cuda", "triton", "cpu" or "reference".
@@ -96,6 +97,11 @@ class _MaxVA(Optimizer):
             for option, only in (("state_dtype", None), ("master_weights", False)):
                 if group[option] != only:
                     raise NotImplementedError(f"{option}={group[option]!r} is not implemented yet; use {only!r}")
+            if group["differentiable"]:
+                raise ValueError(
+                    "differentiable=True is not supported: the kernels write parameters in place and record no graph; "
+                    "to differentiate through a step, write it out with maxva_kernels.reference.step"
+                )
             try:
                 for index, param in enumerate(group["params"]):
                     checks.check_param(param, index)
@@ -272,6 +278,7 @@ class MAdam(_MaxVA):
         max_grad_norm: float | None = None,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
+        differentiable: bool = False,
         capturable: bool = False,
         backend: str = "auto",
     ) -> None:
@@ -306,6 +313,7 @@ class LaMAdam(_MaxVA):
         max_grad_norm: float | None = None,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
+        differentiable: bool = False,
         capturable: bool = False,
         backend: str = "auto",
     ) -> None:

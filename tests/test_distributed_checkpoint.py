@@ -126,7 +126,7 @@ def zero_run(name: str, stop: int | None) -> tuple[list[torch.Tensor], Any]:
 
 @by_name
 def test_zero_checkpoint(name, pools):
-    """Guards the way of ZeroRedundancyOptimizer's checkpoints, which are whole and which an optimizer alone can take."""
+    """Guards the way of ZeroRedundancyOptimizer's checkpoints, which are whole: an optimizer alone takes them too."""
     for (params, checkpoint), (resumed, _) in zip(
         pools(2)(zero_run, name, None), pools(2)(zero_run, name, STOP), strict=True
     ):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import make_params, needs_cpu_kernels, set_grads
 
-from maxva_kernels import MAdam, _ops, gpu
+from maxva_kernels import _ops, gpu
 
 pytestmark = needs_cpu_kernels
 
@@ -68,21 +68,6 @@ def test_every_list_is_checked():
     with pytest.raises(RuntimeError, match="lr must be"):
         _ops.step_(*lists, **{**options, "lr": options["lr"].float()})
     assert not any(step.item() for step in lists[-1])
-
-
-def test_step_traces_into_a_graph():
-    """Captured, functionalised and run by AOTAutograd, the operator still updates in place."""
-    (param,) = make_params((20,))
-    set_grads([param], 0)
-    eager = torch.nn.Parameter(param.detach().clone())
-    eager.grad = param.grad.clone()
-    for p, compiled in ((param, True), (eager, False)):
-        optimizer = MAdam([p], lr=0.1, backend="cpu")
-        optimizer.step()
-        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
-        step()
-        assert optimizer.state[p]["step"].item() == 2
-    assert torch.equal(param, eager)
 
 
 def test_opcheck_cpu_capability():
