@@ -156,7 +156,7 @@ class _MaxVA(Optimizer):
         return loss
 
     def _ranks_of_norm(self) -> dict[str, Any]:
-        """Where the gradients lie that the norm is about, if there is one: from all parameters, whatever has gradients."""
+        """Which ranks a norm is over, if there is one: told by all parameters, with or without gradients."""
         if self.max_grad_norm is None:
             return {}
         params = [param for group in self.param_groups for param in group["params"]]
