@@ -22,29 +22,30 @@ from .groups import Group, TensorLists
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-_PLAIN = {torch.nn.Parameter, Tensor}
-
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 _DEEPSPEED = "deepspeed.runtime.zero"
 
 
-def is_dtensor(tensor: Any) -> bool:
-    return type(tensor) not in _PLAIN and hasattr(tensor, "placements")
+def dtensor() -> Any:
+    """The class, for isinstance; what matches nothing where nobody has imported it, which takes most of a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return getattr(module, "DTensor", ())
 
 
 def placement(tensor: Any) -> tuple[DeviceMesh, tuple[Any, ...]] | None:
     """Where a DTensor lies; None for what is none."""
-    return (tensor.device_mesh, tensor.placements) if is_dtensor(tensor) else None
+    return (tensor.device_mesh, tensor.placements) if isinstance(tensor, dtensor()) else None
 
 
 def any_dtensor(tensors: Iterable[Any]) -> bool:
-    tensors = list(tensors)
-    return not _PLAIN.issuperset(map(type, tensors)) and any(map(is_dtensor, tensors))  # the types settle nearly all
+    types = set(map(type, tensors))
+    return any(issubclass(kind, dtensor()) for kind in types)
 
 
-def to_local(tensor: Any) -> Any:
-    """This rank's part, which shares its memory; what is no DTensor, as None, stays."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
+def to_local(tensors: Iterable[Any]) -> list[Any]:
+    """This rank's parts, which share memory with the whole; what is no DTensor, as None, stays."""
+    cls = dtensor()
+    return [tensor.to_local() if isinstance(tensor, cls) else tensor for tensor in tensors]
 
 
 def local(groups: Sequence[Group]) -> list[Group]:
@@ -54,35 +55,35 @@ def local(groups: Sequence[Group]) -> list[Group]:
         RuntimeError: a gradient is not spread as its parameter is and cannot be; the message names it.
     """
     index = 0  # in the list of gradients that are there, which messages count
-    moved = []
+    moved, cls = [], dtensor()
     for hyper, tensors in groups:
         grads = list(tensors.grads)
         for i, (param, grad) in enumerate(zip(tensors.params, grads, strict=True)):
             if grad is not None:
-                grads[i] = _as_spread(grad, param, index)
+                grads[i] = _as_spread(grad, param, index, cls)
                 index += 1
         lists = {field.name: getattr(tensors, field.name) for field in fields(TensorLists)}
         lists["grads"] = grads
-        moved.append(Group(hyper, TensorLists(**{name: list(map(to_local, lists[name])) for name in lists})))
+        moved.append(Group(hyper, TensorLists(**{name: to_local(lists[name]) for name in lists})))
     return moved
 
 
-def _as_spread(grad: Any, param: Any, index: int) -> Any:
+def _as_spread(grad: Any, param: Any, index: int, cls: Any) -> Any:
     """The gradient with its parts where the parameter's are: tensor parallel layers may leave it to be added up."""
-    if not is_dtensor(param) and not is_dtensor(grad):
-        return grad
-    if is_dtensor(param) != is_dtensor(grad):
-        one, other = ("a DTensor", "a plain tensor") if is_dtensor(grad) else ("a plain tensor", "a DTensor")
+    if isinstance(param, cls) != isinstance(grad, cls):
+        kinds = ("a DTensor", "a plain tensor") if isinstance(grad, cls) else ("a plain tensor", "a DTensor")
         raise RuntimeError(
-            f"maxva: grads[{index}] is {one}, but its parameter is {other}; "
+            f"maxva: grads[{index}] is {kinds[0]}, but its parameter is {kinds[1]}; "
             "use DTensor.from_local or .to_local() to make them alike"
         )
+    if not isinstance(param, cls) or (grad.device_mesh is param.device_mesh and grad.placements == param.placements):
+        return grad
     if grad.device_mesh != param.device_mesh:
         raise RuntimeError(
             f"maxva: grads[{index}] is on another device mesh ({grad.device_mesh}) than its parameter "
             f"({param.device_mesh}); redistribute one of them"
         )
-    return grad if grad.placements == param.placements else grad.redistribute(placements=param.placements)
+    return grad.redistribute(placements=param.placements)
 
 
 class Spread(NamedTuple):
@@ -99,12 +100,21 @@ class Spread(NamedTuple):
         return norm
 
 
-def spread_of(tensor: Any) -> Spread | None:
+def _spread_of_each(tensors: Sequence[Any]) -> list[Spread | None]:
     """None for a tensor that is no DTensor."""
-    if not is_dtensor(tensor):
-        return None
-    cut = (dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate())
-    return Spread(tensor.device_mesh, tuple(cut))
+    cls = dtensor()
+    each: list[Spread | None] = []
+    mesh = placements = spread = None
+    for tensor in tensors:
+        if not isinstance(tensor, cls):
+            each.append(None)
+            continue
+        if tensor.device_mesh is not mesh or tensor.placements != placements:  # mostly as the one before
+            mesh, placements = tensor.device_mesh, tensor.placements
+            cut = (dim for dim, placement in enumerate(placements) if not placement.is_replicate())
+            spread = Spread(mesh, tuple(cut))
+        each.append(spread)
+    return each
 
 
 def spreads(tensors: Sequence[Any], name: str = "params") -> list[Spread | None]:
@@ -116,13 +126,17 @@ def spreads(tensors: Sequence[Any], name: str = "params") -> list[Spread | None]
     if not any_dtensor(tensors):
         return [None]
     found: dict[Spread | None, int] = {}
-    for index, tensor in enumerate(tensors):
-        if is_dtensor(tensor) and any(placement.is_partial() for placement in tensor.placements):
-            raise RuntimeError(
-                f"maxva: {name}[{index}] is still to be added up over ranks (placements {tensor.placements}); "
-                "redistribute it first"
-            )
-        found.setdefault(spread_of(tensor), index)
+    last: object = object()
+    for index, spread in enumerate(_spread_of_each(tensors)):
+        if spread is not last:  # a hash of a mesh takes its time
+            found.setdefault(spread, index)
+            last = spread
+            placements = () if spread is None else tensors[index].placements
+            if any(placement.is_partial() for placement in placements):
+                raise RuntimeError(
+                    f"maxva: {name}[{index}] is still to be added up over ranks (placements {placements}); "
+                    "redistribute it first"
+                )
     if None in found and len(found) > 1:
         raise RuntimeError(
             f"maxva: max_grad_norm needs to know where the whole of each tensor is, but {name}[{found[None]}] is a "
@@ -147,9 +161,12 @@ def by_spread(
     if spreads == [None]:
         return {None: [grad for grad in grads if grad is not None]}
     parts: dict[Spread | None, list[Tensor]] = {spread: [] for spread in spreads}
-    for owner, grad in zip(owners, grads, strict=True):
+    last: object = object()
+    for spread, grad in zip(_spread_of_each(owners), grads, strict=True):
+        if spread is not last:
+            members, last = parts[spread], spread
         if grad is not None:
-            parts[spread_of(owner)].append(grad)
+            members.append(grad)
     return parts
 
 

@@ -154,7 +154,7 @@ def grad_norm(grads: list[Tensor], *, backend: str = "auto") -> Tensor:
         RuntimeError: a tensor has no norm (it is sparse, say), or the ranks would not agree on it.
     """
     spreads = distributed.spreads(grads, "grads")
-    return _grad_norm(grads, [distributed.to_local(grad) for grad in grads], spreads, None, backend)
+    return _grad_norm(grads, distributed.to_local(grads), spreads, None, backend)
 
 
 def _grad_norm(

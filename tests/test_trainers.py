@@ -9,9 +9,11 @@ import copy
 import itertools
 import logging
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
+import engines
 import pytest
 import torch
 from cases import ALGORITHMS
@@ -253,3 +255,54 @@ def test_timm_registry(name, algorithm):
     resumed.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     assert_same(train(resumed, optimizer, STOP), model)
+
+
+# --- DeepSpeed ------------------------------------------------------------------------------------------------------
+
+
+def train_with_deepspeed(algorithm: Any, stage: int, clip: float, inside: float | None, folder: str):
+    """On one of several ranks, with a stop in the middle; the parameters in the end."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it compiles that for a minute
+    deepspeed.init_distributed("gloo")
+
+    def start():
+        model = engines.make_model(torch.float32)
+        optimizer = algorithm(model.parameters(), lr=0.01, max_grad_norm=inside)
+        config = {
+            "train_micro_batch_size_per_gpu": engines.ROWS // torch.distributed.get_world_size(),
+            "zero_optimization": {"stage": stage},
+            "zero_allow_untested_optimizer": True,
+            "gradient_clipping": clip,
+        }
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+    engine = start()
+    for step in range(engines.STEPS):
+        if step == 3:
+            engine.save_checkpoint(folder)
+            engine = start()
+            engine.load_checkpoint(folder)
+        engine.backward(engines.loss_of(engine, step, engines.my_rows()))
+        engine.step()
+    return [engines.whole(param) for param in engine.module.parameters()]
+
+
+@both_algorithms
+@pytest.mark.parametrize("stage", [1, 2], ids=["ZeRO-1", "ZeRO-2"])
+def test_deepspeed(stage, algorithm, pools, tmp_path):
+    """Guards DeepSpeed's partitions, its clip, and its checkpoints; float32, so equal up to the order of additions."""
+    pytest.importorskip("deepspeed")
+    options = {"lr": 0.01, "max_grad_norm": 0.1}
+    expected = engines.run(algorithm.__name__, engines.alone, dtype=torch.float32, **options)[0]
+    for params in pools(2)(train_with_deepspeed, algorithm, stage, 0.1, None, str(tmp_path)):
+        torch.testing.assert_close(params, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_clip_inside_the_step_under_deepspeed_is_refused(pools, tmp_path):
+    """Guards against a clip by the norm of one rank's part, of which the flat parameters tell nothing."""
+    pytest.importorskip("deepspeed")
+    with pytest.raises(RuntimeError, match=r"DeepSpeed's ZeRO .*use gradient_clipping"):
+        pools(2)(train_with_deepspeed, MAdam, 1, 0.0, 0.1, str(tmp_path))
