@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import inspect
 import json
 import os
@@ -32,6 +33,8 @@ from gpu_check import (  # noqa: E402
     trace,
 )
 from gpu_check.record import Record  # noqa: E402
+
+from maxva_kernels.backends import registry  # noqa: E402
 
 MODULES = sorted((ROOT / "bench" / "gpu_check").glob("*.py"))
 
@@ -81,11 +84,34 @@ def check_build_installs_apart_from_the_sources(records, folder):
 
 def check_correctness_runs_tests(records, folder):
     runs, lacking = records["correctness"]["runs"], records["correctness"]["lacking"]
-    assert len(runs) == 2
+    assert len(runs) == 3
     assert lacking or all(run["passed"] > 0 for run in runs)
     assert lacking or runs[0]["passed"] > 25
     assert all(run["failed"] == 0 for run in runs)
     assert records["correctness"]["table"] == {"variants": 4, "differences": []}
+
+
+def check_tritons_kernels_are_interpreted(records, folder):
+    """Guards against an interpreter that is asked for and never starts: where it can run, its test must have passed,
+    and have taken the seconds that interpreting takes."""
+    run = records["correctness"]["runs"][2]
+    can = importlib.util.find_spec("triton") is not None and registry.why_not("cpu", torch.device("cpu")) is None
+    assert run["run"] == correctness.INTERPRETER
+    assert (run["passed"], run["failed"]) == (int(can), 0), run
+    assert not can or run["seconds"] > 2
+    summary = (folder / "out" / "rehearsal_summary.txt").read_text()
+    assert not can or f"REHEARSAL {correctness.INTERPRETER}: 1 passed" in summary
+
+
+def check_figures_are_drawn(records, folder):
+    """Guards against figures that are lost without a word."""
+    pictures = [folder / "out" / f"rehearsal_{name}.png" for name in ("speed", "host", "training")]
+    summary = (folder / "out" / "rehearsal_summary.txt").read_text()
+    if importlib.util.find_spec("matplotlib") is None:
+        assert "lacking (figures)" in summary
+        return
+    assert "lacking (figures)" not in summary
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
 
 
 def check_speed_has_all_contenders(records, folder):
@@ -112,7 +138,9 @@ def check_speed_has_all_contenders(records, folder):
         assert counts["MAdam"] == 1
         assert counts["MAdam, clipped"] == 3
     assert "MAdam (reference, eager)" in {result["name"] for result in cases[0]["results"]}
-    assert records["speed"]["compiled"]["results"][0]["name"] == "MAdam (paper, torch.compile)"
+    compiled = records["speed"]["compiled"]["results"][0]
+    assert compiled["name"] == "MAdam (paper, torch.compile)"
+    assert not compiled["in_cache"], "the stand-in's L2 is one byte"
 
 
 def check_host_tells_time_and_launches(records, folder):
@@ -163,6 +191,8 @@ CHECKS = [
     check_nothing_of_it_can_be_taken_for_a_measurement,
     check_build_installs_apart_from_the_sources,
     check_correctness_runs_tests,
+    check_tritons_kernels_are_interpreted,
+    check_figures_are_drawn,
     check_speed_has_all_contenders,
     check_host_tells_time_and_launches,
     check_sanitizer_has_its_controls,
@@ -409,3 +439,79 @@ def test_figures():
     assert (copy["GB_per_s"], copy["share_of_copy"], ours["share_of_copy"]) == (2, 1, 11)
     assert ours["in_cache"]
     assert "GB_per_s" not in eager
+
+
+# --- the drawn figures -----------------------------------------------------------------------------------------------
+
+
+def drawable(rehearsal=False):
+    """A record of speed: 22 GB/s beside a copy at 44 GB/s."""
+    common = {"min": 1.0, "max": 3.0, "of_adamw": 1.0}
+    ours = {"name": "MAdam", "ms": 2.0, "GB_per_s": 22.0, "share_of_copy": 0.5, **common}
+    eager = {"name": "MAdam (reference, eager)", "ms": 500.0, **common}
+    copy = {"name": contenders.COPY, "ms": 4.0, "GB_per_s": 44.0, "share_of_copy": 1.0, **common}
+    case = {"case": "one tensor", "dtype": "float32", "results": [ours, eager, copy]}
+    return {"rehearsal": rehearsal, "device": "a GPU", "date": "2026-11-23 10:00:00", "cases": [case]}
+
+
+def test_figure_of_the_speed():
+    """Guards what the figure claims: the floor where the bytes are at the copy's rate, the share, the cut bar."""
+    pytest.importorskip("matplotlib")
+    from gpu_check import figures
+    from matplotlib.collections import LineCollection
+    from matplotlib.text import Text
+
+    axes = figures.speed(drawable()).axes[0]
+    texts = [text.get_text() for text in axes.findobj(Text)]
+    assert "2.00 ms, 50.0% of copy" in texts
+    assert "500 ms (cut)" in texts
+    assert contenders.COPY not in texts, "its bytes are not the step's"
+    lines = [line for drawn in axes.findobj(LineCollection) for line in drawn.get_segments()]
+    assert [a[0] for a, b in lines if a[0] == b[0]] == [1.0], "the floor, half of 2 ms"
+
+
+def test_figure_of_a_rehearsal_says_so():
+    """Guards against a rehearsal's figure shown as a GPU's."""
+    pytest.importorskip("matplotlib")
+    from gpu_check import figures
+    from matplotlib.text import Text
+
+    for rehearsal in (False, True):
+        texts = [text.get_text() for text in figures.speed(drawable(rehearsal)).findobj(Text)]
+        assert sum("REHEARSAL" in text for text in texts) == 2 * rehearsal, "title and watermark"
+
+
+def test_figures_of_stages_cut_short(tmp_path):
+    """Guards the other figures against the record of a stage that broke off."""
+    pytest.importorskip("matplotlib")
+    (tmp_path / "speed.json").write_text(json.dumps(drawable()))
+    (tmp_path / "host.json").write_text(json.dumps({"rehearsal": False, "status": "out of time"}))
+    lacking = programme.draw(tmp_path, {**os.environ, "PYTHONPATH": str(ROOT / "bench")})
+    assert [line.split(":")[0] for line in lacking] == ["host.png"]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"speed.png"}
+
+
+@pytest.mark.parametrize(
+    ("matplotlib", "limit", "said"),
+    [
+        ("raise ImportError('not here')", 60, "ImportError: not here"),
+        ("import time; time.sleep(60)", 2, "stopped after 2 s"),
+    ],
+    ids=["missing", "hanging"],
+)
+def test_figures_are_no_condition(matplotlib, limit, said, tmp_path, monkeypatch):
+    """Guards the programme's end against matplotlib: its figures are then lacking, and nothing else."""
+    (tmp_path / "matplotlib").mkdir()
+    (tmp_path / "matplotlib" / "__init__.py").write_text(matplotlib)
+    monkeypatch.setattr(programme, "FIGURES", limit)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "bench")])}
+    (lacking,) = programme.draw(tmp_path, environment)
+    assert said in lacking
+
+
+def test_driver_imports_little():
+    """Guards the driver against what can take it down."""
+    script = "import sys, gpu_check.__main__; print(*{'torch', 'matplotlib', 'maxva_kernels'} & {*sys.modules})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "bench")}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""

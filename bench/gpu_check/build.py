@@ -61,6 +61,7 @@ def run(stage: Stage) -> None:
 def machine_facts(stage: Stage) -> dict[str, object]:
     """What the results depend on, as the machine's tools tell it."""
     facts: dict[str, object] = {
+        "commit": output(["git", "-C", str(stage.root), "describe", "--always", "--dirty", "--abbrev=40"]).strip(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "processor": processor(),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from step import OPTIONS, bytes_of, make_params, traffic
 
+from gpu_check.table import COPY, UPDATE
 from maxva_kernels import LaMAdam, MAdam
 from maxva_kernels.backends import registry
 
@@ -98,9 +99,6 @@ def bandwidths(size: int, device: torch.device) -> list[Contender]:
         Contender(COPY, lambda: target.copy_(source), 2 * bytes_of([source]), tensors=2 * bytes_of([source])),
         Contender(UPDATE, lambda: torch._foreach_mul_(arrays, -1.0), 2 * bytes_of(arrays), tensors=bytes_of(arrays)),
     ]
-
-
-COPY, UPDATE = "copy on the device", "in-place update"
 
 
 def _of(

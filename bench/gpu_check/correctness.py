@@ -2,7 +2,7 @@
 
 First tests/test_cuda_gpu.py by itself, one test at a time. The tests of every backend, which run on the simulator where
 there is no GPU, follow, several processes side by side where pytest-xdist is installed; last everything of Triton,
-which takes its time to compile. In a rehearsal these are a few, and simulated.
+which takes its time to compile. In a rehearsal these are a few, and simulated; Triton's kernels run in its interpreter.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from gpu_check import stage
 from gpu_check.stage import Lacking, Stage
 
 REHEARSED = ("test_grad_norm.py", "test_special_values and cuda")
+INTERPRETER = "Triton's kernels in its interpreter"
 
 
 def run(stage: Stage) -> None:
@@ -32,6 +33,8 @@ def run(stage: Stage) -> None:
         run_pytest(stage, "tests of the GPU", ["-m", "gpu", "-k", "not triton", str(tests / "test_cuda_gpu.py")])
         if stage.rehearsal:
             run_pytest(stage, REHEARSED[0], ["-m", "simulated", "-k", REHEARSED[1], str(tests / REHEARSED[0])])
+            # It starts a process with TRITON_INTERPRET=1, and compares with the CPU kernels after each step.
+            run_pytest(stage, INTERPRETER, ["-k", "test_interpreter", str(tests / "test_triton_kernels.py")])
         else:
             selected = ["-m", "gpu", str(tests)]
             selected += ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []

@@ -37,6 +37,8 @@ STAGES = {
     "training": Entry(90, "the optimizer's share of a BERT training step with AMP"),
 }  # fmt: skip
 
+FIGURES = 40.0  # seconds for the figures, which come after everything else
+
 REHEARSAL = "no GPU: a rehearsal, whose figures mean nothing"
 
 
@@ -80,9 +82,28 @@ def run(root: Path, args: argparse.Namespace) -> int:
                 record.problem("stopped from outside")
                 record["status"] = "stopped"
         text = table.summary(records, args.rehearse)
-        (out / ("rehearsal_summary.txt" if args.rehearse else "summary.txt")).write_text(text + "\n", encoding="utf-8")
+        summary = out / ("rehearsal_summary.txt" if args.rehearse else "summary.txt")
+        summary.write_text(text + "\n", encoding="utf-8")
         print(f"\n{text}\n\nresults: {out}", flush=True)
+    if lacking := draw(out, environment(root, work, args.rehearse, time.time() + FIGURES)):
+        text = table.marked([f"lacking (figures): {line}"[:150] for line in lacking], args.rehearse)
+        with summary.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+        print(text, flush=True)
     return 0 if passed else 1
+
+
+def draw(out: Path, environment: dict[str, str]) -> list[str]:
+    """The figures, by a process of their own; whatever becomes of it, the results stand. Gives what is lacking."""
+    command = [sys.executable, "-m", "gpu_check.figures", str(out)]
+    try:
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=FIGURES)
+    except subprocess.TimeoutExpired:
+        return [f"stopped after {FIGURES:g} s"]
+    lacking = [line.removeprefix("lacking: ") for line in result.stdout.splitlines() if line.startswith("lacking: ")]
+    if result.returncode and not lacking:
+        lacking.append((result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1])
+    return lacking
 
 
 def run_stage(name: str, record: Record, root: Path, work: Path, args: argparse.Namespace, limit: float) -> None:
@@ -156,7 +177,9 @@ def path_of(out: Path, stage: str, rehearsal: bool) -> Path:
 
 
 def _fresh(path: Path) -> Path:
+    """Without what an earlier run left there, its figure included."""
     path.unlink(missing_ok=True)
+    path.with_suffix(".png").unlink(missing_ok=True)
     return path
 
 

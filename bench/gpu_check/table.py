@@ -8,6 +8,9 @@ from gpu_check.record import Record
 
 MARK = "REHEARSAL "  # before each line: none of it was measured on a GPU
 
+# The lines of a speed table that are no optimizers: what memory allows, measured beside them.
+COPY, UPDATE = "copy on the device", "in-place update"
+
 
 def summary(records: list[Record], rehearsal: bool) -> str:
     """What happened in each stage, then its figures."""
@@ -28,6 +31,10 @@ def summary(records: list[Record], rehearsal: bool) -> str:
             lines.append(f"{record['stage']}: no figures ({type(error).__name__}: {error})")
     for record in records:
         lines += [f"lacking ({record['stage']}): {text}"[:150] for text in record["lacking"]]
+    return marked(lines, rehearsal)
+
+
+def marked(lines: list[str], rehearsal: bool) -> str:
     return "\n".join((MARK + line).rstrip() if rehearsal else line for line in lines)
 
 
