@@ -86,8 +86,8 @@ class Run:
         torch.manual_seed(s.seed)
         bert = MaskedLanguageModel(tokens.vocab_size, s.layers, s.hidden, s.heads, max(s.seq_len), s.dropout)
         self.model = engine.wrap(bert)
-        # Clipping inside the step saves a pass over the gradients; sharded ones need a norm over the ranks.
-        self.clips_inside = optimizers.clips(s.optimizer) and s.max_grad_norm > 0 and s.parallel != "fsdp2"
+        # Clipping inside the step saves a pass over the gradients.
+        self.clips_inside = optimizers.clips(s.optimizer) and s.max_grad_norm > 0
         self.optimizer = optimizers.build(
             s.optimizer,
             self.model,
