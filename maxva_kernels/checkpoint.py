@@ -61,6 +61,17 @@ def unwrap(state: MutableMapping[Any, Any]) -> None:
             }
 
 
+def place_steps(state: MutableMapping[Any, Any]) -> None:
+    """Brings the counts of steps back that `ZeroRedundancyOptimizer` puts on the CPU when it loads a checkpoint.
+
+    It puts them there all together, so that a look at the first says whether it did.
+    """
+    for param, entries in state.items():
+        if "step" not in entries or entries["step"].device == param.device:
+            return
+        entries["step"] = entries["step"].to(param.device)
+
+
 def _placed(tensor: Tensor) -> str:
     placement = distributed.placement(tensor)
     return "a plain tensor" if placement is None else f"a DTensor {placement[1]} on {placement[0]}"

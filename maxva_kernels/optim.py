@@ -168,6 +168,7 @@ class _MaxVA(Optimizer):
         Makes the state that is missing and appends to ``fresh`` what it made: the parameter, and the name of the entry
         or None for the whole state.
         """
+        checkpoint.place_steps(self.state)
         groups = []
         for settings in self.param_groups:
             hyper = _hyperparameters(settings)

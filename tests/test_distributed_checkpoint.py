@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from cases import ALGORITHMS, bits
 from engines import alone, make_model, make_optimizer, my_rows, replicate, run, shard, train_step, whole
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+
+from maxva_kernels.checkpoint import place_steps
 
 NAMES = [algorithm.__name__ for algorithm in ALGORITHMS]
 OPTIONS: dict[str, Any] = {"amsgrad": True, "max_grad_norm": 0.1, "weight_decay": 0.1}
@@ -103,6 +106,15 @@ def test_checkpoint_continues_on_another_number_of_ranks(full, dtype, name, pool
             params = [value for key, value in ended if "," not in key]
             torch.testing.assert_close(params, uninterrupted[0], rtol=1e-10, atol=1e-12)
         assert {int(value) for key, value in ended if key.endswith("step")} == {END}
+
+
+def test_steps_on_the_cpu_are_brought_back():
+    """Guards a run on a GPU that ZeroRedundancyOptimizer has resumed: it puts what has no dimensions on the CPU."""
+    with FakeTensorMode():  # tensors without memory, so that a GPU is not needed
+        params = [torch.empty(3, device="cuda") for _ in range(2)]
+        state = {param: {"step": torch.zeros((), dtype=torch.int64), "exp_avg": param} for param in params}
+        place_steps(state)
+        assert [entries["step"].device.type for entries in state.values()] == ["cuda", "cuda"]
 
 
 # --- ZeRO -----------------------------------------------------------------------------------------------------------
