@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import maxva_kernels
@@ -70,6 +71,17 @@ def shard_and_replicate(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
+def split_layers(model: nn.Module) -> nn.Module:
+    """Tensor parallelism: the first layer by columns, the second by rows, and what is between them replicated."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    distribute_module(model.norm, mesh)
+    plan = {
+        "first": ColwiseParallel(output_layouts=Replicate(), use_local_output=False),
+        "second": RowwiseParallel(input_layouts=Replicate()),
+    }
+    return parallelize_module(model, mesh, plan)
+
+
 def replicate(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model)
 
@@ -95,7 +107,7 @@ def run(
     model = wrap(make_model(dtype))
     optimizer = make_optimizer(name, model, zero, **options)
     for step in range(steps):
-        train_step(model, optimizer, step, my_rows() if wrap is not alone else slice(None))
+        train_step(model, optimizer, step, slice(None) if wrap in (alone, split_layers) else my_rows())
     states = [] if zero else [state_of(optimizer, param) for param in model.parameters()]
     return [whole(param) for param in model.parameters()], states
 

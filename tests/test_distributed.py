@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import ALGORITHMS, bits
-from engines import alone, make_model, replicate, run, shard, shard_and_replicate, spread, whole
+from engines import alone, make_model, replicate, run, shard, shard_and_replicate, split_layers, spread, whole
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -34,6 +34,7 @@ ENGINES = {
     "DDP": {"wrap": replicate},
     "FSDP2": {"wrap": shard},
     "HSDP": {"wrap": shard_and_replicate},
+    "tensor parallel": {"wrap": split_layers},
     "ZeRO": {"wrap": replicate, "zero": True},
 }
 OPTIONS = {
