@@ -122,7 +122,7 @@ def on_rank(rank: int, ranks: int, rounds: int, folder: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=100, help="steps timed of each contender")
+    parser.add_argument("--rounds", type=int, default=60, help="steps timed of each contender")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
