@@ -85,7 +85,8 @@ def random(seed: int, dtype: torch.dtype) -> list[torch.Tensor]:
 def placements_of(kind: str) -> tuple[Any, list[Any]]:
     """A mesh, and for each of SHAPES the placements on it."""
     if kind == "two dimensions":
-        mesh = init_device_mesh("cpu", (dist.get_world_size(), 1), mesh_dim_names=("a", "b"))
+        b = 2 if dist.get_world_size() == 4 else 1
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // b, b), mesh_dim_names=("a", "b"))
         options = [(Shard(0), Replicate()), (Replicate(), Shard(0)), (Shard(0), Shard(1)), (Replicate(), Replicate())]
     else:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -145,6 +146,18 @@ def test_replicas_count_once_in_the_norm_and_agree(kind, ranks):
     expected, _ = step_alone("MAdam", torch.float64, options)
     for params, _ in everyone:
         torch.testing.assert_close(params, expected, rtol=1e-13, atol=1e-15)
+        assert same_bits(params, everyone[0][0])
+
+
+@by_name
+def test_tensors_cut_along_two_dimensions(name, pools):
+    """Guards against a norm over one dimension of the mesh, where a tensor's quarters are on four ranks."""
+    options = {"max_grad_norm": 0.5}
+    everyone = pools(4)(step_on_shards, name, "two dimensions", torch.float64, options)
+    expected, expected_states = step_alone(name, torch.float64, options)
+    for params, states in everyone:
+        torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(states, expected_states, rtol=1e-12, atol=1e-15)
         assert same_bits(params, everyone[0][0])
 
 
