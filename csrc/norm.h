@@ -7,7 +7,8 @@
 // lane does not matter, so the result depends neither on threads, nor on vector width, nor on the backend.
 //
 // Squares of finite values may overflow or vanish, so each lane keeps three sums (J. L. Blue, ACM TOMS 4, 1978):
-// large and small values are scaled by a power of two before they are squared.
+// large and small values are scaled by a power of two before they are squared. A norm that is itself beyond the largest
+// number is that number: so it is finite exactly where all gradients are, and a step can be skipped by it.
 #pragma once
 
 #include "maxva.h"
@@ -53,7 +54,9 @@ template <typename T>
 MAXVA_FN T root(const SumOfSquares<T>& sum) {
   using S = NormScale<T>;
   if (sum.large > T(0)) {
-    return std::sqrt(sum.large + (sum.medium * S::kDown) * S::kDown) / S::kDown;
+    constexpr T kMax = std::numeric_limits<T>::max();
+    const T norm = std::sqrt(sum.large + (sum.medium * S::kDown) * S::kDown) / S::kDown;
+    return norm > kMax && sum.large <= kMax ? kMax : norm;
   }
   if (sum.medium == T(0)) {
     return std::sqrt(sum.small) / S::kUp;

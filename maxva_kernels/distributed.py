@@ -139,7 +139,7 @@ def spreads(tensors: Sequence[Any], name: str = "params") -> list[Spread | None]
                 )
     if None in found and len(found) > 1:
         raise RuntimeError(
-            f"maxva: max_grad_norm needs to know where the whole of each tensor is, but {name}[{found[None]}] is a "
+            f"maxva: a gradient norm needs to know where the whole of each tensor is, but {name}[{found[None]}] is a "
             "plain tensor beside DTensors, which may be a copy or a part; shard it too, or make it a DTensor by "
             "torch.distributed.tensor.distribute_tensor(tensor, mesh, [Replicate()])"
         )
@@ -148,7 +148,7 @@ def spreads(tensors: Sequence[Any], name: str = "params") -> list[Spread | None]
         first, at = meshes[0]
         if mesh != first and set(mesh.mesh.flatten().tolist()) != set(first.mesh.flatten().tolist()):
             raise RuntimeError(
-                f"maxva: max_grad_norm needs all tensors on the same ranks, but {name}[{index}] is on {mesh} and "
+                f"maxva: a gradient norm needs all tensors on the same ranks, but {name}[{index}] is on {mesh} and "
                 f"{name}[{at}] on {first}; clip before the step, by the norm over all that you have of all ranks"
             )
     return list(found)
@@ -176,7 +176,14 @@ def gather(norm: Tensor, group: dist.ProcessGroup) -> Tensor:
     norms = own.new_empty(dist.get_world_size(group))
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
     all_gather(norms, own, group=group)
-    return torch.linalg.vector_norm(norms)
+    return joined_norm(norms)
+
+
+def joined_norm(norms: Tensor) -> Tensor:
+    """The norm of norms, float64: as theirs it is finite exactly where all gradients are."""
+    largest = norms.amax()
+    total = (largest * torch.linalg.vector_norm(norms / largest)).clamp(max=torch.finfo(torch.float64).max)
+    return torch.where((largest > 0) & largest.isfinite(), total, largest)
 
 
 def norm_group(params: Iterable[Tensor]) -> dist.ProcessGroup | None:
@@ -205,6 +212,6 @@ def norm_group(params: Iterable[Tensor]) -> dist.ProcessGroup | None:
     if engine is None:
         return None
     raise RuntimeError(
-        f"maxva: {engine} gives each rank a part of the parameters, so that max_grad_norm would clip by that part's "
-        f"norm; {remedy}"
+        f"maxva: {engine} gives each rank a part of the parameters, so that max_grad_norm and skip_nonfinite would be "
+        f"about that part alone; {remedy}"
     )

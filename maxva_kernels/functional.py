@@ -108,6 +108,7 @@ def step_groups(
     max_grad_norm: float | None = None,
     norm_group: ProcessGroup | None = None,
     spreads: Sequence[distributed.Spread | None] | None = None,
+    skipped_steps: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str = "auto",
@@ -119,6 +120,8 @@ def step_groups(
     Args:
         norm_group: ranks whose gradients belong to the norm too, though no DTensor tells.
         spreads: of all parameters that the norm is ever about; None: of the groups' parameters.
+        skipped_steps: a count, advanced by one where the norm is not finite, in which case nothing else is changed.
+            None: such gradients are stepped on like others.
 
     Other args and errors as for `madam_`.
     """
@@ -127,16 +130,21 @@ def step_groups(
     if distributed.any_dtensor(params):
         groups = distributed.local(groups)
     norm = None
-    if max_grad_norm is not None:  # whatever gradients are here: ranks that have others wait for this one's norm
+    # Whatever gradients are here: ranks that have others wait for this one's norm.
+    if max_grad_norm is not None or skipped_steps is not None:
         spreads = distributed.spreads(params) if spreads is None else spreads
         norm = _grad_norm(params, joined(groups, "grads"), spreads, norm_group, backend)
+    if norm is not None and skipped_steps is not None:
+        skip = norm.isfinite().logical_not()
+        skipped_steps += skip.to(skipped_steps.device, non_blocking=True)
+        found_inf = skip.float() if found_inf is None else skip + found_inf.to(skip.device, non_blocking=True)
     groups = [group for group in groups if any(grad is not None for grad in group.tensors.grads)]
     by_device: dict[torch.device, list[Group]] = {}
     for group in groups:
         by_device.setdefault(group.tensors.params[0].device, []).append(group)
     for device, members in by_device.items():
         grad_scale, found_inf, norm = (_on(device, scalar) for scalar in (grad_scale, found_inf, norm))
-        scaling = Scaling(grad_scale, found_inf, norm, max_grad_norm)
+        scaling = Scaling(grad_scale, found_inf, None if max_grad_norm is None else norm, max_grad_norm)
         select(backend, device).step(members, laprop, scaling)
 
 
@@ -145,8 +153,8 @@ def grad_norm(grads: list[Tensor], *, backend: str = "auto") -> Tensor:
     """The L2 norm over all gradients together, as a scalar tensor on the first one's device.
 
     float32, or float64 if any gradient is, or where norms of several devices or ranks are joined. Deterministic: it
-    depends neither on threads nor on the backend's geometry. Squares neither overflow nor vanish on the way (see
-    csrc/norm.h).
+    depends neither on threads nor on the backend's geometry. Squares neither overflow nor vanish on the way, and a norm
+    beyond the largest number is that number: it is finite exactly where all gradients are (see csrc/norm.h).
 
     Of DTensors it is the norm of the whole tensors, and every rank of their meshes must call it.
 
@@ -185,7 +193,7 @@ def _norm_here(grads: Sequence[Tensor], backend: str) -> Tensor:
 def _joined_norm(norms: Sequence[Tensor]) -> Tensor:
     if len(norms) == 1:
         return norms[0]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]))
+    return distributed.joined_norm(torch.stack([norm.to(norms[0].device, torch.float64) for norm in norms]))
 
 
 def check_max_grad_norm(max_grad_norm: float | None) -> None:

@@ -37,6 +37,9 @@ _ARGUMENTS = """
         max_grad_norm: clip the gradients of all groups together to this L2 norm, inside the step; the gradients are
             not written. Under FSDP2 and `ZeroRedundancyOptimizer` it is the norm of the whole gradient, and all
             ranks must step together. None: no clipping.
+        skip_nonfinite: leave everything as it is in a step whose gradients, of all groups, devices and ranks, have a
+            NaN or an infinity, and count it in `skipped_steps` (a gradient scaler's overflows too). It costs the norm's
+            read of the gradients, which ``max_grad_norm`` shares. False: they spread, as in `torch.optim`.
         state_dtype: None is the only choice yet.
         master_weights: False is the only choice yet.
         differentiable: False is the only choice: the kernels record no graph to differentiate a step by.
@@ -45,7 +48,7 @@ _ARGUMENTS = """
         backend: "auto" (the fastest that can run on each parameter's device), "cuda", "triton", "cpu" or "reference".
             ``python -m maxva_kernels`` says which can run. All share one state: a run may change it at any step.
 
-    All but ``max_grad_norm``, ``capturable`` and ``backend`` may be set per group.
+    All but ``max_grad_norm``, ``skip_nonfinite``, ``capturable`` and ``backend`` may be set per group.
 
     State of a parameter: ``step`` (int64 scalar), ``exp_avg`` (m~), ``grad_mean`` (u), ``grad_var`` (v - u^2),
     ``weight_sum`` (w), with AMSGrad ``max_denom``.
@@ -70,12 +73,15 @@ class _MaxVA(Optimizer):
         params: Any,
         *,
         max_grad_norm: float | None,
+        skip_nonfinite: bool,
         capturable: bool,
         backend: str,
         **defaults: Any,
     ) -> None:
         functional.check_max_grad_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self._skipped_steps: Tensor | None = None  # where the first parameter is, from the first step on
         self.capturable = capturable
         self.backend = backend
         # The algorithm is saved with each group: the two give `exp_avg` different meanings.
@@ -86,7 +92,7 @@ class _MaxVA(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for option in ("max_grad_norm", "capturable", "backend"):
+            for option in ("max_grad_norm", "skip_nonfinite", "capturable", "backend"):
                 # ZeroRedundancyOptimizer writes all of its arguments into the groups.
                 if group.pop(option, getattr(self, option)) != getattr(self, option):
                     raise ValueError(f"{option} is the whole optimizer's and cannot be set in a parameter group")
@@ -139,7 +145,7 @@ class _MaxVA(Optimizer):
                 self._gather(fresh),
                 laprop=self._laprop,
                 max_grad_norm=self.max_grad_norm,
-                **self._ranks_of_norm(),
+                **self._norm_options(),
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
                 backend=self.backend,
@@ -155,12 +161,23 @@ class _MaxVA(Optimizer):
             raise
         return loss
 
-    def _ranks_of_norm(self) -> dict[str, Any]:
-        """Which ranks a norm is over, if there is one: told by all parameters, with or without gradients."""
-        if self.max_grad_norm is None:
+    def _norm_options(self) -> dict[str, Any]:
+        """Which ranks a norm is over, told by all parameters, with or without gradients, and what is done by it."""
+        if self.max_grad_norm is None and not self.skip_nonfinite:
             return {}
         params = [param for group in self.param_groups for param in group["params"]]
-        return {"norm_group": distributed.norm_group(params), "spreads": distributed.spreads(params)}
+        if self.skip_nonfinite and self._skipped_steps is None:
+            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=params[0].device if params else None)
+        return {
+            "norm_group": distributed.norm_group(params),
+            "spreads": distributed.spreads(params),
+            "skipped_steps": self._skipped_steps if self.skip_nonfinite else None,
+        }
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps ``skip_nonfinite`` has skipped since this optimizer was made. Reading waits for the device."""
+        return 0 if self._skipped_steps is None else int(self._skipped_steps)
 
     def _gather(self, fresh: list[tuple[Tensor, str | None]]) -> list[Group]:
         """The groups with the tensors of all parameters that have or had a gradient, divided by device where need be.
@@ -242,7 +259,7 @@ class _MaxVA(Optimizer):
             group["lr"] = lr.cpu()  # of a checkpoint from another device
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "capturable", "backend")
+        own = ("max_grad_norm", "skip_nonfinite", "_skipped_steps", "capturable", "backend")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -277,6 +294,7 @@ class MAdam(_MaxVA):
         maximize: bool = False,
         eps_mode: str = "paper",
         max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         differentiable: bool = False,
@@ -312,6 +330,7 @@ class LaMAdam(_MaxVA):
         maximize: bool = False,
         eps_mode: str = "paper",
         max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         differentiable: bool = False,

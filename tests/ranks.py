@@ -47,6 +47,9 @@ class Ranks:
             results.append(result)
         return results
 
+    def __len__(self) -> int:
+        return len(self._processes)
+
     @property
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)

@@ -12,6 +12,7 @@ STEPS = 6
 OPTIONS = {
     "plain": {},
     "clip": {"max_grad_norm": 0.01},
+    "skip": {"skip_nonfinite": True},
     "AMSGrad, decay": {"amsgrad": True, "weight_decay": 0.1},
     "lr in a tensor": {"lr": torch.tensor(0.01)},
 }

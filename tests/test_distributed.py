@@ -257,6 +257,28 @@ def test_overflow_on_one_rank_skips_the_step_on_all(name, pools):
         assert history == [(True, {1}, 64.0), (True, {2}, 64.0), (False, {2}, 32.0), (True, {3}, 32.0)]
 
 
+def train_with_nan(name: str) -> tuple[list[bool], int]:
+    """FSDP2 with a NaN in the last rank's gradient at step 1: whether each step moved anything, and the count."""
+    model = shard(make_model(torch.float32))
+    optimizer = engines.make_optimizer(name, model, skip_nonfinite=True)
+    moved = []
+    for step in range(3):
+        before = [whole(param) for param in model.parameters()]
+        optimizer.zero_grad()
+        engines.loss_of(model, step, engines.my_rows()).backward()
+        if step == 1 and dist.get_rank() == dist.get_world_size() - 1:
+            model.norm.weight.grad.to_local()[0] = torch.nan
+        optimizer.step()
+        moved.append(any(bool((whole(p) != old).any()) for p, old in zip(model.parameters(), before, strict=True)))
+    return moved, optimizer.skipped_steps
+
+
+@by_name
+def test_nan_on_one_rank_skips_the_step_on_all(name, ranks):
+    """Guards `skip_nonfinite` against ranks that part."""
+    assert ranks(train_with_nan, name) == [([True, False, True], 1)] * len(ranks)
+
+
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import DTYPES, SIZES, backend_params, device_of, make_params
 
-from maxva_kernels import functional
+from maxva_kernels import distributed, functional
 
 LANES, CHUNK = 1024, 16 * 1024
 
@@ -90,3 +90,36 @@ def test_layouts(backend):
         torch.testing.assert_close(norm.double(), exact, rtol=3e-6, atol=0)
     expanded = torch.ones(1, device=base.device).expand(10, 10)
     assert functional.grad_norm([expanded], backend=backend).item() == 10
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("backend", backend_params())
+def test_norm_of_finite_gradients_is_finite(backend, dtype):
+    """Guards against a step skipped, or stopped by a clip to 0, because the norm is beyond the largest number."""
+    largest = torch.finfo(dtype).max
+    for values in ([largest] * 3, [largest, -largest] + [1.0] * 5000, [largest]):
+        grads = [torch.tensor(values, dtype=dtype, device=device_of(backend)), torch.ones(3, device=device_of(backend))]
+        assert functional.grad_norm(grads, backend=backend).item() == largest
+    grads[0][0] = math.inf
+    assert functional.grad_norm(grads, backend=backend).item() == math.inf
+
+
+@pytest.mark.parametrize(
+    ("norms", "expected"),
+    [
+        ((3.0, 4.0), 5.0),
+        ((0.0, 0.0), 0.0),
+        ((3e200, 4e200), 5e200),
+        ((3e-200, 4e-200), 5e-200),
+        ((1.7e308, 1.7e308), torch.finfo(torch.float64).max),
+        ((1.0, math.inf), math.inf),
+        ((1.0, math.nan), math.nan),
+        ((math.inf, math.nan), math.nan),
+        ((5e-324, 0.0), 5e-324),
+    ],
+    ids=str,
+)
+def test_norms_of_devices_and_ranks_are_joined(norms, expected):
+    """Guards the norm over several devices or ranks, of which a test has but one, at the ends of the range."""
+    found = distributed.joined_norm(torch.tensor(norms, dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True, rtol=1e-15, atol=0)

@@ -141,3 +141,25 @@ def test_differentiable_is_refused(algorithm):
     ):
         with pytest.raises(ValueError, match=r"differentiable=True is not supported: .*reference\.step"):
             make()
+
+
+@on_backends
+@both_algorithms
+def test_autocast(algorithm, backend):
+    """Guards bf16 autocast: parameters, gradients and state stay float32, and every backend does the same with them."""
+    optimizers = []
+    for name in (backend, "cpu"):
+        model = make_model(name)
+        optimizer = algorithm(model.parameters(), lr=0.1, max_grad_norm=0.5, backend=name)
+        for step in range(3):
+            optimizer.zero_grad()
+            with torch.autocast(device_of(name).type, torch.bfloat16):
+                assert model(torch.ones(8, 5, device=device_of(name))).dtype == torch.bfloat16
+                loss = loss_of(model, step)
+            loss.backward()
+            optimizer.step()
+        assert {param.grad.dtype for param in model.parameters()} == {torch.float32}
+        assert {state["grad_var"].dtype for state in optimizer.state.values()} == {torch.float32}
+        optimizers.append(optimizer)
+    if device_of(backend).type == "cpu" and backend != "reference":
+        assert_same_bits(*optimizers)

@@ -146,7 +146,9 @@ def root_of_sum(large, medium, small):
     double: tl.constexpr = large.dtype == tl.float64
     down: tl.constexpr = 2.0**-560 if double else 2.0**-84
     up: tl.constexpr = 2.0**560 if double else 2.0**84
+    max: tl.constexpr = 1.7976931348623157e308 if double else 3.4028234663852886e38
     of_large = square_root(large + (medium * down) * down) * (1 / down)
+    of_large = tl.where((of_large > max) & (large <= max), max, of_large)
     of_small = square_root(small) * (1 / up)
     of_medium = square_root(medium + (small * (1 / up)) * (1 / up))  # also where medium is NaN
     return tl.where(large > 0.0, of_large, tl.where(medium == 0.0, of_small, of_medium))

@@ -25,9 +25,10 @@ def why_not(device: torch.device) -> str | None:
 
 def grad_norm(grads: list[Tensor]) -> Tensor:
     checks.check_grads(grads)
-    norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
-    double = any(grad.dtype == torch.float64 for grad in grads)
-    return torch.linalg.vector_norm(torch.stack(norms)).to(torch.float64 if double else torch.float32)
+    dtype = torch.float64 if any(grad.dtype == torch.float64 for grad in grads) else torch.float32
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]))
+    finite = torch.stack([grad.isfinite().all() for grad in grads]).all()
+    return torch.where(finite, norm.clamp(max=torch.finfo(dtype).max), norm).to(dtype)
 
 
 def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
