@@ -343,7 +343,9 @@ def test_the_watch_for_waiting_sees_it(machine):
         torch.ones(3, device=machine.device).sum().item()
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "amsgrad": True}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"max_grad_norm": 1.0, "amsgrad": True}, {"capturable": True}, {"skip_nonfinite": True}], ids=str
+)
 @pytest.mark.parametrize("dtype", few((torch.float32, torch.bfloat16, torch.float64), 1), ids=str)
 def test_no_step_waits_for_the_device(dtype, options, machine):
     """Guards against a host that stands still: not in the first step, not in those after it, not with a scaler."""
@@ -546,7 +548,11 @@ def static_grads(optimizer, number):
             param.grad = grad
 
 
-GRAPHED = [{}, {"max_grad_norm": 1.0}, {"amsgrad": True, "decoupled_weight_decay": False, "max_grad_norm": 0.5}]
+GRAPHED = [
+    {},
+    {"max_grad_norm": 1.0, "skip_nonfinite": True},
+    {"amsgrad": True, "decoupled_weight_decay": False, "max_grad_norm": 0.5},
+]
 
 
 @pytest.mark.parametrize("options", few(GRAPHED), ids=str)
