@@ -24,8 +24,10 @@ try:
     from bert import checkpoint, corpus, data, distributed, optimizers, report, schedule, settings, speed, tokenizer
     from bert.interrupt import StopRequest
     from bert.model import MaskedLanguageModel
+
+    from maxva_kernels.recipe import PhasedLR
 except ImportError as error:
-    if error.name not in ("torch", "numpy", "transformers", "tokenizers", "matplotlib", "tqdm"):
+    if error.name not in ("torch", "numpy", "transformers", "tokenizers", "matplotlib", "tqdm", "maxva_kernels"):
         raise
     sys.exit(f'bert_pretrain.py: {error.name} is not installed; in the repository: pip install ".[bench]"')
 
@@ -91,15 +93,17 @@ class Run:
         self.optimizer = optimizers.build(
             s.optimizer,
             self.model,
-            lr=s.lr[0],
+            lr=1.0,  # the schedule's unit
             weight_decay=s.weight_decay,
             beta2_range=tuple(s.beta2_range),
             max_grad_norm=s.max_grad_norm if self.clips_inside else None,
         )
+        self.schedule = PhasedLR(self.optimizer, settings.rates(s))
         self.scaler = torch.amp.GradScaler(s.device, enabled=s.amp == "fp16")
         if saved:
             checkpoint.restore(saved, self.model, self.optimizer)
             self.scaler.load_state_dict(saved["scaler"])
+            self.schedule.load_state_dict(saved["schedule"])
 
         self.arguments = settings.to_keep(given)
         if engine.rank == 0:
@@ -170,9 +174,7 @@ class Run:
         s, engine, start = self.s, self.engine, time.perf_counter()
         phase = schedule.phase_of(number, self.phases)
         sequences, micro = self.sequences[phase.seq_len], s.micro_batch[self.phases.index(phase)]
-        lr = phase.lr_at(number, s.decay_power)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self.schedule.get_last_lr()[0]
         self.optimizer.zero_grad()  # here rather than at the end: the report uses the last gradients
         torch.manual_seed(data.step_seed(s.seed, number, engine.rank))  # dropout
 
@@ -199,6 +201,7 @@ class Run:
         self.scaler.update()
         engine.synchronize()
         after = time.perf_counter()
+        self.schedule.step()
 
         total, request.agreed = engine.sum(loss.item(), bool(request.signal))
         mean = total / (phase.batch * sequences.masked)
@@ -254,6 +257,7 @@ class Run:
             self.optimizer,
             step=self.done,
             scaler=self.scaler.state_dict(),
+            schedule=self.schedule.state_dict(),
             settings={name: getattr(self.s, name) for name in (*settings.RESULT, *settings.ROUNDING)},
             arguments=self.arguments,
         )

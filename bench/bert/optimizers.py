@@ -5,18 +5,19 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from maxva_kernels import LaMAdam, MAdam
+from maxva_kernels.recipe import param_groups_weight_decay
+
 NAMES = ("madam", "lamadam", "adamw", "lamb", "reference")
 
 
 def build(name: str, model: nn.Module, *, lr: float, weight_decay: float, beta2_range, max_grad_norm: float | None):
     """`max_grad_norm` is for the optimizers that clip inside their step (see `clips`)."""
-    groups = parameter_groups(model, weight_decay)
+    groups = param_groups_weight_decay(model, weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2_range[1]), fused=True)
     if name == "lamb":
         return Lamb(groups, lr=lr, betas=(0.9, beta2_range[1]))
-    from maxva_kernels import LaMAdam, MAdam
-
     algorithm = LaMAdam if name == "lamadam" else MAdam
     backend = "reference" if name == "reference" else "auto"
     return algorithm(groups, lr=lr, beta2_range=beta2_range, max_grad_norm=max_grad_norm, backend=backend)
@@ -25,14 +26,6 @@ def build(name: str, model: nn.Module, *, lr: float, weight_decay: float, beta2_
 def clips(name: str) -> bool:
     """Whether the optimizer clips by the global norm inside its step."""
     return name in ("madam", "lamadam", "reference")
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Weight decay for matrices; none for biases and LayerNorm, as in BERT."""
-    decayed, rest = [], []
-    for name, parameter in model.named_parameters():
-        (rest if name.endswith("bias") or "LayerNorm" in name else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
 
 class Lamb(torch.optim.Optimizer):

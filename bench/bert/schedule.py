@@ -1,4 +1,7 @@
-"""The learning rate, as a pure function of the step: nothing to save, nothing that can go out of step."""
+"""Where in the text a step is, as a pure function of the step: nothing to save, nothing that can go out of step.
+
+The learning rate of each phase is `maxva_kernels.recipe`'s.
+"""
 
 from dataclasses import dataclass
 
@@ -10,25 +13,15 @@ class Phase:
     seq_len: int  # tokens
     batch: int  # sequences per optimizer step, over all ranks and micro-batches
     steps: int  # optimizer steps
-    lr: float  # at the peak
-    warmup: float  # share of the steps over which the rate rises
     start: int = 0  # steps before this phase
     first_sample: int = 0  # sequences before this phase
 
-    def lr_at(self, step: int, power: float) -> float:
-        """Linear warm-up to `lr`, then polynomial decay that would reach 0 one step after the last."""
-        step -= self.start
-        warm = round(self.warmup * self.steps)
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * ((self.steps - step) / (self.steps - warm)) ** power
 
-
-def phases(seq_len: list[int], batch: list[int], steps: list[int], lr: list[float], warmup: list[float]) -> list[Phase]:
+def phases(seq_len: list[int], batch: list[int], steps: list[int]) -> list[Phase]:
     """The phases one after another, from settings with one value a phase."""
     result: list[Phase] = []
     start = sample = 0
-    for values in zip(seq_len, batch, steps, lr, warmup, strict=True):
+    for values in zip(seq_len, batch, steps, strict=True):
         result.append(Phase(*values, start=start, first_sample=sample))
         start += result[-1].steps
         sample += result[-1].steps * result[-1].batch

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from maxva_kernels import recipe
+
 from . import checkpoint, optimizers, schedule
 
 
@@ -15,8 +17,9 @@ class SettingsError(Exception):
 
 
 # The recipe of the paper (arXiv 2006.11918, section 5.4) on the schedule of the repository it used (NVIDIA's BERT, LAMB
-# defaults): peak rates of phase 2 are two thirds of phase 1's, decay is a square root. Next-sentence prediction, which
-# that repository also trains, is left out.
+# defaults): peak rates of phase 2 are two thirds of phase 1's, decay is a square root. Two things differ: the decay
+# begins at the peak, where that repository counts it from the first step of the phase (recipe.Phase, from_peak=False);
+# and next-sentence prediction, which it also trains, is left out.
 BASE: dict[str, Any] = {
     "layers": 12, "hidden": 768, "heads": 12, "vocab": 30522, "dropout": 0.1,
     "seq_len": [128, 512], "batch": [65536, 32768], "steps": [7038, 1563], "warmup": [0.2843, 0.128],
@@ -177,7 +180,15 @@ def make_deterministic() -> None:
 
 
 def phases(s: argparse.Namespace) -> list[schedule.Phase]:
-    return schedule.phases(s.seq_len, s.batch, s.steps, s.lr, s.warmup)
+    return schedule.phases(s.seq_len, s.batch, s.steps)
+
+
+def rates(s: argparse.Namespace) -> list[recipe.Phase]:
+    """The learning rates of the phases, for an optimizer whose own is 1."""
+    return [
+        recipe.Phase(steps, warmup=warmup, power=s.decay_power, scale=lr)
+        for steps, warmup, lr in zip(s.steps, s.warmup, s.lr, strict=True)
+    ]
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any], names) -> list[str]:
