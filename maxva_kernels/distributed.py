@@ -8,7 +8,7 @@ from the parameters alone, never from which of them have a gradient: a rank whos
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -186,32 +186,53 @@ def joined_norm(norms: Tensor) -> Tensor:
     return torch.where((largest > 0) & largest.isfinite(), total, largest)
 
 
-def norm_group(params: Iterable[Tensor]) -> dist.ProcessGroup | None:
+def norm_group(params: Iterable[Tensor], inside_zero: bool) -> dist.ProcessGroup | None:
     """The ranks among which an engine has divided the parameters without their telling; None where there is no such.
 
     Note [Engines that hide what they divide]: `ZeroRedundancyOptimizer` makes on each rank an optimizer of some of the
     parameters, and calls its `step`. Nothing that this optimizer sees says that there is more, and a norm over what it
     sees would clip each rank's parameters by another factor, without a word. So it looks at who is calling.
 
+    Args:
+        inside_zero: whether `is_inside_zero` when the optimizer was made. If not, a step that torch.compile traces,
+            which cannot look at its callers, need not.
+
     Raises:
         RuntimeError: the engine divides tensors in a way that leaves the norm to itself.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not _has_ranks():
         return None
-    engine = None
-    frame: FrameType | None = sys._getframe(1)
-    while frame and engine is None:
-        module = frame.f_globals.get("__name__", "")
+    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+        raise _their_own_norm("FSDP1", "use its clip_grad_norm_ before the step, or fully_shard (FSDP2)")
+    if torch.compiler.is_compiling() and not inside_zero:
+        return None
+    for frame, module in _callers():
         if module == _ZERO:
             return frame.f_locals["self"].process_group
         if module.startswith(_DEEPSPEED):
-            engine, remedy = "DeepSpeed's ZeRO", "use gradient_clipping in DeepSpeed's configuration"
+            raise _their_own_norm("DeepSpeed's ZeRO", "use gradient_clipping in DeepSpeed's configuration")
+    return None
+
+
+def is_inside_zero() -> bool:
+    """Whether `ZeroRedundancyOptimizer` is calling."""
+    return _has_ranks() and any(module == _ZERO for _, module in _callers())
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _callers() -> Iterator[tuple[FrameType, str]]:
+    """Who is calling, the innermost first, with the names of their modules."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame:
+        yield frame, frame.f_globals.get("__name__", "")
         frame = frame.f_back
-    if engine is None and any(getattr(param, "_fsdp_flattened", False) for param in params):
-        engine, remedy = "FSDP1", "use its clip_grad_norm_ before the step, or fully_shard (FSDP2)"
-    if engine is None:
-        return None
-    raise RuntimeError(
+
+
+def _their_own_norm(engine: str, remedy: str) -> RuntimeError:
+    return RuntimeError(
         f"maxva: {engine} gives each rank a part of the parameters, so that max_grad_norm and skip_nonfinite would be "
         f"about that part alone; {remedy}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .groups import Group, Hyperparameters, Scaling, TensorLists, joined
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+MaybeTensor = TypeVar("MaybeTensor", bound=Tensor | None)
 
 __all__ = ["grad_norm", "lamadam_", "madam_", "step_groups"]
 
@@ -134,18 +136,20 @@ def step_groups(
     if max_grad_norm is not None or skipped_steps is not None:
         spreads = distributed.spreads(params) if spreads is None else spreads
         norm = _grad_norm(params, joined(groups, "grads"), spreads, norm_group, backend)
+    skip = None
     if norm is not None and skipped_steps is not None:
-        skip = norm.isfinite().logical_not()
-        skipped_steps += skip.to(skipped_steps.device, non_blocking=True)
-        found_inf = skip.float() if found_inf is None else skip + found_inf.to(skip.device, non_blocking=True)
+        skip = norm.isfinite().logical_not().float()
+        found_inf = skip if found_inf is None else skip + _on(skip.device, found_inf)
     groups = [group for group in groups if any(grad is not None for grad in group.tensors.grads)]
     by_device: dict[torch.device, list[Group]] = {}
     for group in groups:
         by_device.setdefault(group.tensors.params[0].device, []).append(group)
     for device, members in by_device.items():
-        grad_scale, found_inf, norm = (_on(device, scalar) for scalar in (grad_scale, found_inf, norm))
-        scaling = Scaling(grad_scale, found_inf, None if max_grad_norm is None else norm, max_grad_norm)
+        of_clip = None if max_grad_norm is None else _on(device, norm)
+        scaling = Scaling(_on(device, grad_scale), _on(device, found_inf), of_clip, max_grad_norm)
         select(backend, device).step(members, laprop, scaling)
+    if skip is not None and skipped_steps is not None:  # only now that nothing was refused
+        skipped_steps += _on(skipped_steps.device, skip).to(skipped_steps.dtype)
 
 
 @torch.no_grad()
@@ -206,8 +210,11 @@ def check_max_grad_norm(max_grad_norm: float | None) -> None:
         raise ValueError(f"max_grad_norm must be None or a number > 0, got {max_grad_norm!r}")
 
 
-def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
-    return None if scalar is None else scalar.to(device, non_blocking=True)
+def _on(device: torch.device, scalar: MaybeTensor) -> MaybeTensor:
+    if scalar is None:
+        return scalar
+    # Not to the CPU, which would read before it is there.
+    return scalar.to(device, non_blocking=device.type != "cpu")  # type: ignore[return-value]
 
 
 @torch.no_grad()

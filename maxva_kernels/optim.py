@@ -84,6 +84,7 @@ class _MaxVA(Optimizer):
         self._skipped_steps: Tensor | None = None  # where the first parameter is, from the first step on
         self.capturable = capturable
         self.backend = backend
+        self._inside_zero = distributed.is_inside_zero()
         # The algorithm is saved with each group: the two give `exp_avg` different meanings.
         super().__init__(params, {**defaults, "algorithm": "LaMAdam" if self._laprop else "MAdam"})
 
@@ -139,13 +140,14 @@ class _MaxVA(Optimizer):
                 loss = closure()
         if not self.capturable and _is_capturing(self.param_groups):
             raise RuntimeError("a CUDA graph is being captured; pass capturable=True to have step() captured")
+        norm_options = self._norm_options()
         fresh: list[tuple[Tensor, str | None]] = []
         try:
             functional.step_groups(
                 self._gather(fresh),
                 laprop=self._laprop,
                 max_grad_norm=self.max_grad_norm,
-                **self._norm_options(),
+                **norm_options,
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
                 backend=self.backend,
@@ -168,9 +170,13 @@ class _MaxVA(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         if self.skip_nonfinite and self._skipped_steps is None:
             self._skipped_steps = torch.zeros((), dtype=torch.int64, device=params[0].device if params else None)
+        try:
+            spreads = distributed.spreads(params)
+        except RuntimeError as error:
+            raise RuntimeError(_name_parameter(str(error), lambda _: self._listed("", every=True))) from error
         return {
-            "norm_group": distributed.norm_group(params),
-            "spreads": distributed.spreads(params),
+            "norm_group": distributed.norm_group(params, self._inside_zero),
+            "spreads": spreads,
             "skipped_steps": self._skipped_steps if self.skip_nonfinite else None,
         }
 
@@ -220,13 +226,13 @@ class _MaxVA(Optimizer):
         state = self.state.get(param, {})
         return bool(state) and (not hyper.amsgrad or "max_denom" in state)
 
-    def _listed(self, name: str) -> list[tuple[int, int, list[str] | None]]:
+    def _listed(self, name: str, every: bool = False) -> list[tuple[int, int, list[str] | None]]:
         """Whose tensors the list ``name`` of a step has: it skips parameters without gradient, or without maxima."""
         return [
             (g, i, settings.get("param_names"))
             for g, settings in enumerate(self.param_groups)
             for i, param in enumerate(settings["params"])
-            if param.grad is not None and (name != "max_denoms" or settings["amsgrad"])
+            if every or (param.grad is not None and (name != "max_denoms" or settings["amsgrad"]))
         ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -259,7 +265,7 @@ class _MaxVA(Optimizer):
             group["lr"] = lr.cpu()  # of a checkpoint from another device
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "skip_nonfinite", "_skipped_steps", "capturable", "backend")
+        own = ("max_grad_norm", "skip_nonfinite", "_skipped_steps", "capturable", "backend", "_inside_zero")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

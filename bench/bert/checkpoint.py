@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 NAME = "checkpoint.pt"
-FORMAT = 1
+FORMAT = 2
 
 
 class CheckpointError(Exception):

@@ -17,9 +17,8 @@ class SettingsError(Exception):
 
 
 # The recipe of the paper (arXiv 2006.11918, section 5.4) on the schedule of the repository it used (NVIDIA's BERT, LAMB
-# defaults): peak rates of phase 2 are two thirds of phase 1's, decay is a square root. Two things differ: the decay
-# begins at the peak, where that repository counts it from the first step of the phase (recipe.Phase, from_peak=False);
-# and next-sentence prediction, which it also trains, is left out.
+# defaults): peak rates of phase 2 are two thirds of phase 1's, decay is a square root, counted from the first step of
+# the phase. Next-sentence prediction, which that repository also trains, is left out.
 BASE: dict[str, Any] = {
     "layers": 12, "hidden": 768, "heads": 12, "vocab": 30522, "dropout": 0.1,
     "seq_len": [128, 512], "batch": [65536, 32768], "steps": [7038, 1563], "warmup": [0.2843, 0.128],
@@ -37,9 +36,9 @@ SMALL_LR = {name: [5e-3] for name in optimizers.NAMES} | {"lamb": [2e-2]}
 
 # What decides the result. The rest (ranks, micro-batches, device, how often to save) moves it by rounding at most.
 RESULT = (
-    "layers", "hidden", "heads", "vocab", "dropout", "corpus_hash", "tokenizer_hash", "mask_share", "optimizer",
-    "seq_len", "batch", "steps", "lr", "warmup", "decay_power", "weight_decay", "beta2_range", "max_grad_norm", "seed",
-    "amp",
+    "model", "layers", "hidden", "heads", "vocab", "dropout", "corpus_hash", "tokenizer_hash", "mask_share",
+    "optimizer", "seq_len", "batch", "steps", "lr", "warmup", "decay_power", "weight_decay", "beta2_range", "max_grad_norm",
+    "seed", "amp",
 )  # fmt: skip
 ROUNDING = ("micro_batch", "parallel", "ranks", "device", "threads")
 NOT_KEPT = ("resume", "out", "stop_after")
@@ -186,7 +185,7 @@ def phases(s: argparse.Namespace) -> list[schedule.Phase]:
 def rates(s: argparse.Namespace) -> list[recipe.Phase]:
     """The learning rates of the phases, for an optimizer whose own is 1."""
     return [
-        recipe.Phase(steps, warmup=warmup, power=s.decay_power, scale=lr)
+        recipe.Phase(steps, warmup=warmup, power=s.decay_power, scale=lr, from_peak=s.model != "base")
         for steps, warmup, lr in zip(s.steps, s.warmup, s.lr, strict=True)
     ]
 
