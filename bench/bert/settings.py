@@ -37,8 +37,8 @@ SMALL_LR = {name: [5e-3] for name in optimizers.NAMES} | {"lamb": [2e-2]}
 # What decides the result. The rest (ranks, micro-batches, device, how often to save) moves it by rounding at most.
 RESULT = (
     "model", "layers", "hidden", "heads", "vocab", "dropout", "corpus_hash", "tokenizer_hash", "mask_share",
-    "optimizer", "seq_len", "batch", "steps", "lr", "warmup", "decay_power", "weight_decay", "beta2_range", "max_grad_norm",
-    "seed", "amp",
+    "optimizer", "seq_len", "batch", "steps", "lr", "warmup", "decay_power", "weight_decay", "beta2_range",
+    "max_grad_norm", "seed", "amp",
 )  # fmt: skip
 ROUNDING = ("micro_batch", "parallel", "ranks", "device", "threads")
 NOT_KEPT = ("resume", "out", "stop_after")
