@@ -475,8 +475,18 @@ def test_nothing_warns():
         optimizer.load_state_dict(optimizer.state_dict())
 
 
-@pytest.mark.parametrize("option", ["max_grad_norm", "capturable", "backend"])
-def test_options_of_the_whole_optimizer_are_refused_in_a_group(option):
-    """They would be ignored there without a word."""
+@pytest.mark.parametrize(
+    ("option", "value", "whole"),
+    [
+        ("max_grad_norm", 1.0, None),
+        ("skip_nonfinite", True, False),
+        ("capturable", True, False),
+        ("backend", "reference", "auto"),
+    ],
+)
+def test_options_of_the_whole_optimizer_are_refused_in_a_group(option, value, whole):
+    """They would be ignored there without a word; what says the same as the optimizer may stand, as ZeRO writes it."""
     with pytest.raises(ValueError, match=option):
-        MAdam([{"params": make_params((3,)), option: None}])
+        MAdam([{"params": make_params((3,)), option: value}])
+    optimizer = MAdam([{"params": make_params((3,)), option: whole}])
+    assert option not in optimizer.param_groups[0]
