@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import engines
@@ -103,20 +103,19 @@ def placements_of(kind: str) -> tuple[Any, list[Any]]:
 def step_on_shards(name: str, kind: str, dtype: torch.dtype, options: dict[str, Any], steps: int = 4):
     """Parameters and state, whole, of DTensors whose gradients are given."""
     mesh, placements = placements_of(kind)
-    params = [torch.nn.Parameter(p) for p in spread(random(0, dtype), mesh, placements)]
-    optimizer = getattr(maxva_kernels, name)(params, lr=0.1, **options)
-    for step in range(steps):
-        for param, grad in zip(params, spread(random(1 + step, dtype), mesh, placements), strict=True):
-            param.grad = grad
-        optimizer.step()
-    return [whole(param) for param in params], [engines.state_of(optimizer, param) for param in params]
+    return steps_on(name, lambda seed: spread(random(seed, dtype), mesh, placements), options, steps)
 
 
 def step_alone(name: str, dtype: torch.dtype, options: dict[str, Any], steps: int = 4):
-    params = [torch.nn.Parameter(p) for p in random(0, dtype)]
+    return steps_on(name, lambda seed: random(seed, dtype), options, steps)
+
+
+def steps_on(name: str, tensors: Callable[[int], list[Any]], options: dict[str, Any], steps: int):
+    """Parameters are tensors(0), the gradients of the steps tensors(1), tensors(2), ..."""
+    params = [torch.nn.Parameter(tensor) for tensor in tensors(0)]
     optimizer = getattr(maxva_kernels, name)(params, lr=0.1, **options)
     for step in range(steps):
-        for param, grad in zip(params, random(1 + step, dtype), strict=True):
+        for param, grad in zip(params, tensors(1 + step), strict=True):
             param.grad = grad
         optimizer.step()
     return [whole(param) for param in params], [engines.state_of(optimizer, param) for param in params]
