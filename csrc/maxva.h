@@ -169,8 +169,9 @@ MAXVA_FN T flush_subnormal(T x) {
 
 // One MaxVA update of the centred moments (Eq. 6 and lines 7 to 11 of Algorithm 1; see Note [Centred moments]).
 // w == 0 marks a coordinate before its first gradient, whose weight is Eq. 7's.
+// Returns b = 1 - beta.
 template <typename T>
-MAXVA_FN void update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c) {
+MAXVA_FN T update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c) {
   const T d = g - u;
   const T r = d * d;
   // b = 1 - beta. A NaN (r = s = 0) takes the bound that is compared first.
@@ -187,17 +188,28 @@ MAXVA_FN void update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c) {
   const T variance = p * s + (p * e) * d;  // in this order q = 0 or p = 0 wins over a square that overflows
   s = variance < std::numeric_limits<T>::min() ? T(0) : variance;  // flush_subnormal of what is not negative
   w = T(1) - w <= c.saturation ? T(1) : w;
+  return b;
 }
 
+// What a coordinate's step comes to. What a kernel has no use for is not computed.
+template <typename T>
+struct Update {
+  T change;    // is subtracted from the parameter
+  T adaptive;  // the part of it that is not weight decay: step_size times the normalised momentum
+  T gradient;  // unscaled and clipped, with the sign of a descent
+  T one_minus_beta;
+};
+
 // One step of one coordinate: parameter p, gradient g as stored, momentum m, moments u, s, w, and with AMSGrad the
-// running maximum x of the bias-corrected sqrt(v).
+// running maximum x of the bias-corrected sqrt(v). The parameter is left to the caller.
 template <Algorithm kAlgorithm, typename T>
-MAXVA_FN void update(T& p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients<T>& c, const Modes modes) {
-  g = g * c.grad_factor;
+MAXVA_FN Update<T> update(const T p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients<T>& c, const Modes modes) {
+  Update<T> result;
+  result.gradient = g = g * c.grad_factor;
   if (modes.decay == WeightDecay::kL2) {
     g = g + c.decay * p;
   }
-  update_moments(g, u, s, w, c);
+  result.one_minus_beta = update_moments(g, u, s, w, c);
 
   T root_v = std::sqrt(s + u * u);
   if (modes.amsgrad) {
@@ -215,11 +227,11 @@ MAXVA_FN void update(T& p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients
     m = flush_subnormal(c.alpha * m + c.one_minus_alpha * normalise(g));
     direction = m;
   }
-  T change = c.step_size * direction;
+  result.change = result.adaptive = c.step_size * direction;
   if (modes.decay == WeightDecay::kDecoupled) {
-    change = c.decay * p + change;
+    result.change = c.decay * p + result.adaptive;
   }
-  p = p - change;
+  return result;
 }
 
 }  // namespace maxva

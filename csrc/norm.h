@@ -36,6 +36,12 @@ struct SumOfSquares {
   T large, medium, small;
 };
 
+// Those of a tensor's part and of what a step at learning rate 1 would subtract from it.
+template <typename T>
+struct UpdateSquares {
+  SumOfSquares<T> param, update;
+};
+
 // Adds g^2 to one of the three sums; a NaN goes to medium, an infinity to large.
 template <typename T>
 MAXVA_FN void add_square(T g, T& large, T& medium, T& small) {

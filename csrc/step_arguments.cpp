@@ -3,12 +3,19 @@
 #include <utility>
 
 #include "check.h"
+#include "statistics.h"
 
 namespace maxva {
 namespace {
 
 void check_length(const char* name, size_t length, size_t expected, const char* per) {
   MAXVA_CHECK(length == expected, name, " has ", length, " entries for ", expected, " ", per, "; pass one for each");
+}
+
+void check_table(const char* name, const std::optional<Tensor>& table, ScalarType dtype, const char* dtype_name,
+                 int64_t rows, int64_t columns) {
+  MAXVA_CHECK(!table || (table->is_contiguous() && table->scalar_type() == dtype && table->numel() == rows * columns),
+              name, " must be contiguous ", dtype_name, " of shape [", rows, ", ", columns, "]");
 }
 
 }  // namespace
@@ -63,6 +70,15 @@ void StepArguments::check() const {
       check_scalar({steps[i], "steps", i}, ScalarType::Long, param);
     }
   }
+
+  // 3. Tables.
+  int64_t chunks = 0;
+  for (const Tensor& param : params) {
+    chunks += chunks_of(param.numel());
+  }
+  check_table("trust_ratios", trust_ratios, ScalarType::Double, "float64", count, 1);
+  check_table("update_norms", update_norms, ScalarType::Double, "float64", count, 2);
+  check_table("statistics", statistics, ScalarType::Float, "float32", chunks, kStatisticsFields);
 }
 
 }  // namespace maxva

@@ -24,6 +24,13 @@ struct StepArguments {
   // Of the whole step.
   std::optional<Tensor> grad_scale, found_inf, grad_norm;
   double max_grad_norm;
+  // For each parameter: what its learning rate is multiplied by.
+  std::optional<Tensor> trust_ratios;
+  // For each chunk of each parameter: its StatisticsSums<float>.
+  std::optional<Tensor> statistics;
+  // For each parameter: its norm and that of its update at learning rate 1. Where these are asked for nothing is
+  // stepped.
+  std::optional<Tensor> update_norms;
 
   // Raises unless one step can be done on all of it; changes nothing.
   void check() const;

@@ -9,7 +9,8 @@ says which backends were built and which can run.
 from . import functional
 from . import gpu_ops as _gpu_ops  # only registers  # noqa: F401
 from .optim import LaMAdam, MAdam
+from .statistics import Statistics, StepStatistics
 
-__all__ = ["LaMAdam", "MAdam", "functional"]
+__all__ = ["LaMAdam", "MAdam", "Statistics", "StepStatistics", "functional"]
 
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checks import describe
 from .groups import Group, Hyperparameters, Scaling, TensorLists, joined
+from .statistics import Recorder, tensors_of
 
 library = torch.library.Library("maxva", "DEF")
 
@@ -25,14 +26,19 @@ STEP_LISTS = tuple(f.name for f in fields(TensorLists))
 # Lists named in the plural have an entry for each parameter (max_denoms: for each of a group with AMSGrad), the others
 # for each group; group_sizes says how many consecutive parameters a group has. lr is a float64 CPU tensor, so that a
 # graph does not recompile when it changes. grad_norm is the global norm of the gradients as they stand;
-# max_grad_norm < 0 clips nothing. found_inf != 0 leaves everything untouched.
+# max_grad_norm < 0 clips nothing. found_inf != 0 leaves everything untouched. trust_ratios has for each parameter,
+# float64, what its learning rate is multiplied by.
+# statistics, float32 of shape [chunks, fields], takes the records of statistics.py, whose sampled chunks are written.
+# update_norms, float64 of shape [params, 2], takes for each parameter its norm and that of its update at learning rate
+# 1; where it is given nothing else is changed.
 library.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] grad_means, "
     "Tensor(d!)[] grad_vars, Tensor(e!)[] weight_sums, Tensor(f!)[] max_denoms, Tensor(g!)[] steps, *, "
     "bool laprop, int[] group_sizes, Tensor lr, float[] beta1, float[] beta2_lower, float[] beta2_upper, "
     "float[] beta2_init, float[] eps, float[] weight_decay, int[] decoupled_weight_decay, int[] amsgrad, "
     "int[] maximize, int[] adam_eps, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_norm=None, "
-    "float max_grad_norm=-1.0) -> ()"
+    "float max_grad_norm=-1.0, Tensor? trust_ratios=None, Tensor(h!)? statistics=None, Tensor(i!)? update_norms=None) "
+    "-> ()"
 )
 # The global L2 norm of all gradients: a scalar, float64 if any gradient is, else float32. Deterministic, and finite
 # wherever the norm itself is representable.
@@ -87,8 +93,17 @@ grad_norm = torch.ops.maxva.grad_norm.default
 cpu_capability = torch.ops.maxva.cpu_capability.default
 
 
-def call_step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
+def call_step(
+    groups: Sequence[Group],
+    laprop: bool,
+    scaling: Scaling,
+    *,
+    recorder: Recorder | None = None,
+    update_norms: Tensor | None = None,
+) -> None:
     """`step_` on groups in which every parameter has a gradient."""
+    device = groups[0].tensors.params[0].device
+    statistics = None if recorder is None else recorder.table(tensors_of(groups), device)
     hypers = [group.hyper for group in groups]
     step_(
         *(joined(groups, name) for name in STEP_LISTS),
@@ -109,7 +124,18 @@ def call_step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
         found_inf=scaling.found_inf,
         grad_norm=scaling.grad_norm,
         max_grad_norm=-1.0 if scaling.max_grad_norm is None else scaling.max_grad_norm,
+        trust_ratios=scaling.trust_ratios,
+        statistics=statistics,
+        update_norms=update_norms,
     )
+
+
+def call_update_norms(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Tensor:
+    """What `step_` writes to ``update_norms`` for groups in which every parameter has a gradient."""
+    params = joined(groups, "params")
+    norms = torch.zeros(len(params), 2, dtype=torch.float64, device=params[0].device)
+    call_step(groups, laprop, scaling, update_norms=norms)
+    return norms
 
 
 def _rates(hypers: Sequence[Hyperparameters]) -> Tensor:

@@ -23,7 +23,7 @@ def check_grads(grads: list[Tensor]) -> None:
 def check_groups(groups: Sequence[Group]) -> None:
     """Raises RuntimeError, naming the tensor, unless one step can be done on all the groups' tensors."""
     params = joined(groups, "params")
-    for hyper, tensors in groups:
+    for hyper, tensors, _ in groups:
         for name in ("grads", "exp_avgs", "grad_means", "grad_vars", "weight_sums", "steps"):
             found = len(getattr(tensors, name))
             _require(found == len(tensors.params), f"{name} has {found} entries for {len(tensors.params)} params")
@@ -46,7 +46,7 @@ def check_groups(groups: Sequence[Group]) -> None:
     for name in ("exp_avgs", "grad_means", "grad_vars", "weight_sums"):
         for i, moment in enumerate(joined(groups, name)):
             _check_state(moment, name, i, params[i], i)
-    with_max = [hyper.amsgrad for hyper, tensors in groups for _ in tensors.params]
+    with_max = [hyper.amsgrad for hyper, tensors, _ in groups for _ in tensors.params]
     param_indices = [i for i, amsgrad in enumerate(with_max) if amsgrad]
     for i, moment in enumerate(joined(groups, "max_denoms")):
         _check_state(moment, "max_denoms", i, params[param_indices[i]], param_indices[i])

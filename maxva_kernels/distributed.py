@@ -56,7 +56,8 @@ def local(groups: Sequence[Group]) -> list[Group]:
     """
     index = 0  # in the list of gradients that are there, which messages count
     moved, cls = [], dtensor()
-    for hyper, tensors in groups:
+    for group in groups:
+        tensors = group.tensors
         grads = list(tensors.grads)
         for i, (param, grad) in enumerate(zip(tensors.params, grads, strict=True)):
             if grad is not None:
@@ -64,7 +65,7 @@ def local(groups: Sequence[Group]) -> list[Group]:
                 index += 1
         lists = {field.name: getattr(tensors, field.name) for field in fields(TensorLists)}
         lists["grads"] = grads
-        moved.append(Group(hyper, TensorLists(**{name: to_local(lists[name]) for name in lists})))
+        moved.append(group._replace(tensors=TensorLists(**{name: to_local(lists[name]) for name in lists})))
     return moved
 
 
@@ -170,19 +171,32 @@ def by_spread(
     return parts
 
 
+def whole_norms(norms: Tensor, owners: Sequence[Any]) -> Tensor:
+    """For each owner the norms of the whole tensors from those of the parts that are here: a row of them each."""
+    if not any_dtensor(owners):
+        return norms
+    each = _spread_of_each(owners)
+    norms = norms.clone()
+    for spread in dict.fromkeys(each):
+        if spread is not None:
+            rows = torch.tensor([i for i, its in enumerate(each) if its == spread], device=norms.device)
+            norms[rows] = spread.gather(norms[rows]).to(norms)
+    return norms
+
+
 def gather(norm: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The norm of all ranks' norms, float64; added in the ranks' order, and so the same on each."""
-    own = norm.to(torch.float64).reshape(1)
-    norms = own.new_empty(dist.get_world_size(group))
+    """The norm of all ranks' norms, float64, element by element; added in the ranks' order, and so the same on each."""
+    own = norm.to(torch.float64).unsqueeze(0).contiguous()
+    norms = own.new_empty(dist.get_world_size(group), *norm.shape)
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.14
     all_gather(norms, own, group=group)
     return joined_norm(norms)
 
 
 def joined_norm(norms: Tensor) -> Tensor:
-    """The norm of norms, float64: as theirs it is finite exactly where all gradients are."""
-    largest = norms.amax()
-    total = (largest * torch.linalg.vector_norm(norms / largest)).clamp(max=torch.finfo(torch.float64).max)
+    """The norm of norms over the first dimension, float64: as theirs it is finite exactly where all gradients are."""
+    largest = norms.amax(0)
+    total = (largest * torch.linalg.vector_norm(norms / largest, dim=0)).clamp(max=torch.finfo(torch.float64).max)
     return torch.where((largest > 0) & largest.isfinite(), total, largest)
 
 
@@ -233,6 +247,6 @@ def _callers() -> Iterator[tuple[FrameType, str]]:
 
 def _their_own_norm(engine: str, remedy: str) -> RuntimeError:
     return RuntimeError(
-        f"maxva: {engine} gives each rank a part of the parameters, so that max_grad_norm and skip_nonfinite would be "
-        f"about that part alone; {remedy}"
+        f"maxva: {engine} gives each rank a part of the parameters, so that max_grad_norm, skip_nonfinite and "
+        f"trust_ratio would be about that part alone; {remedy}"
     )

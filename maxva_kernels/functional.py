@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import distributed
 from .backends.registry import select
-from .groups import Group, Hyperparameters, Scaling, TensorLists, joined
+from .groups import Group, Hyperparameters, Scaling, TensorLists, joined, with_gradients
+from .statistics import Recorder
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -39,6 +40,7 @@ def madam_(
     decoupled_weight_decay: bool = True,
     maximize: bool = False,
     eps_mode: str = "paper",
+    trust_ratio: bool = False,
     max_grad_norm: float | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -91,6 +93,7 @@ def lamadam_(
     decoupled_weight_decay: bool = True,
     maximize: bool = False,
     eps_mode: str = "paper",
+    trust_ratio: bool = False,
     max_grad_norm: float | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -111,6 +114,7 @@ def step_groups(
     norm_group: ProcessGroup | None = None,
     spreads: Sequence[distributed.Spread | None] | None = None,
     skipped_steps: Tensor | None = None,
+    recorder: Recorder | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str = "auto",
@@ -124,11 +128,13 @@ def step_groups(
         spreads: of all parameters that the norm is ever about; None: of the groups' parameters.
         skipped_steps: a count, advanced by one where the norm is not finite, in which case nothing else is changed.
             None: such gradients are stepped on like others.
+        recorder: is told what the step did.
 
     Other args and errors as for `madam_`.
     """
     check_max_grad_norm(max_grad_norm)
     params = joined(groups, "params")
+    whole = groups
     if distributed.any_dtensor(params):
         groups = distributed.local(groups)
     norm = None
@@ -136,20 +142,39 @@ def step_groups(
     if max_grad_norm is not None or skipped_steps is not None:
         spreads = distributed.spreads(params) if spreads is None else spreads
         norm = _grad_norm(params, joined(groups, "grads"), spreads, norm_group, backend)
+    if recorder is not None:
+        recorder.clip(norm, grad_scale, max_grad_norm)
     skip = None
     if norm is not None and skipped_steps is not None:
         skip = norm.isfinite().logical_not().float()
         found_inf = skip if found_inf is None else skip + _on(skip.device, found_inf)
-    groups = [group for group in groups if any(grad is not None for grad in group.tensors.grads)]
-    by_device: dict[torch.device, list[Group]] = {}
-    for group in groups:
-        by_device.setdefault(group.tensors.params[0].device, []).append(group)
-    for device, members in by_device.items():
+    # Parameters without trust ratios first: when they are stepped, all others have been checked.
+    parts: dict[tuple[bool, torch.device], list[int]] = {}
+    for i, group in enumerate(groups):
+        if any(grad is not None for grad in group.tensors.grads):
+            parts.setdefault((group.hyper.trust_ratio, group.tensors.params[0].device), []).append(i)
+    steps = []
+    for (trust_ratio, device), members in sorted(parts.items(), key=lambda part: part[0][0]):
+        its_groups: Sequence[Group] = [groups[i] for i in members]
         of_clip = None if max_grad_norm is None else _on(device, norm)
         scaling = Scaling(_on(device, grad_scale), _on(device, found_inf), of_clip, max_grad_norm)
-        select(backend, device).step(members, laprop, scaling)
+        runs = select(backend, device)
+        if trust_ratio:
+            its_groups = with_gradients(its_groups)
+            owners = joined(with_gradients([whole[i] for i in members]), "params")
+            norms = distributed.whole_norms(runs.update_norms(its_groups, laprop, scaling), owners)
+            scaling = scaling._replace(trust_ratios=_trust_ratios(norms))
+        steps.append((runs, its_groups, scaling))
+    for runs, its_groups, scaling in steps:
+        runs.step(its_groups, laprop, scaling, recorder)
     if skip is not None and skipped_steps is not None:  # only now that nothing was refused
         skipped_steps += _on(skipped_steps.device, skip).to(skipped_steps.dtype)
+
+
+def _trust_ratios(norms: Tensor) -> Tensor:
+    """LAMB's ratio (You et al., 2020, arXiv 1904.00962) of each parameter's norm to its update's; 1 where one is 0."""
+    of_param, of_update = norms.unbind(1)
+    return torch.where((of_param > 0) & (of_update > 0), of_param / of_update, 1.0)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks, layouts
 from .groups import Group, Hyperparameters, Scaling, joined, state_dtype, with_gradients
+from .statistics import Recorder, tensors_of
 from .tensor_table import (
     NormTable,
     StepTable,
@@ -56,6 +57,10 @@ class StepLaunch(NamedTuple):
     grad_scale: int  # addresses of scalars of the arithmetic's type
     found_inf: int
     grad_norm: int
+    trust_ratios: int  # address: for each row a number of the arithmetic's type
+    statistics: int  # address: for each chunk a record of statistics.py
+    squares: int  # addresses of what `Launcher.update_norms` fills: for each chunk six numbers,
+    norms: int  # for each row two
     max_grad_norm: float
 
 
@@ -94,6 +99,8 @@ class Launcher(Protocol):
 
     def step(self, launch: StepLaunch, /) -> None: ...
 
+    def update_norms(self, launch: StepLaunch, /) -> None: ...
+
     def norm_chunks(self, launch: NormLaunch, /) -> None: ...
 
     def norm_total(self, launch: TotalLaunch, /) -> None: ...
@@ -114,12 +121,38 @@ def is_capturing() -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
-def step(launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
+def step(
+    launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Recorder | None = None
+) -> None:
     """One step in place, by one launch for each combination of dtypes; where a gradient is None nothing changes.
 
     Raises:
         RuntimeError: a tensor does not fit; nothing has been changed.
     """
+    _launch(launcher, groups, laprop, scaling, recorder, None)
+
+
+def update_norms(launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Tensor:
+    """Of each parameter its norm and that of its update at learning rate 1: float64 [params, 2]; 0 without gradient.
+
+    Raises:
+        RuntimeError: a tensor does not fit.
+    """
+    params = joined(groups, "params")
+    norms = torch.zeros(len(params), 2, dtype=torch.float64, device=params[0].device)
+    _launch(launcher, groups, laprop, scaling, None, norms)
+    return norms
+
+
+def _launch(
+    launcher: Launcher,
+    groups: Sequence[Group],
+    laprop: bool,
+    scaling: Scaling,
+    recorder: Recorder | None,
+    norms: Tensor | None,
+) -> None:
+    """Launches a step or, if ``norms`` are to be filled, them alone."""
     params = joined(groups, "params")
     checks.check_scaling(scaling)
     device = params[0].device
@@ -146,35 +179,59 @@ def step(launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Sca
         its_grads = [grads[i] for i in segment.tensors]
         # Kept until the launch: what is converted has no other owner.
         scalars = [None if scalar is None else scalar.to(dtype) for scalar in scaling[:3]]
-        grad_scale, found_inf, grad_norm = (0 if scalar is None else scalar.data_ptr() for scalar in scalars)
+        ratios = None if scaling.trust_ratios is None else segment.rows_of(scaling.trust_ratios).to(dtype)
+        records = None
+        if recorder is not None:
+            of_all = tensors_of(groups)
+            records = recorder.table([of_all[i] for i in segment.tensors], device)
+        squares = its_norms = None
+        if norms is not None:
+            squares = torch.empty(segment.chunks, 6, dtype=dtype, device=device)
+            its_norms = torch.zeros(len(segment.tensors), 2, dtype=dtype, device=device)
+        addresses = map(_address, (*scalars, ratios, records, squares, its_norms))
+        grad_scale, found_inf, grad_norm, trust_ratios, statistics, of_squares, of_norms = addresses
         packed, rates = _pack([groups[g].hyper for g in members], dtype, device)
         for grad_dtype in dict.fromkeys(grad.dtype for grad in its_grads if grad is not None):
-            launcher.step(
-                StepLaunch(
-                    device.index or 0,
-                    stream,
-                    DTYPE_CODES[param_dtype],
-                    DTYPE_CODES[grad_dtype],
-                    laprop,
-                    segment.rows,
-                    segment.chunk_rows,
-                    segment.chunks,
-                    segment.ticket,
-                    packed,
-                    _addresses(its_grads, grad_dtype),
-                    grad_scale,
-                    found_inf,
-                    grad_norm,
-                    -1.0 if scaling.max_grad_norm is None else scaling.max_grad_norm,
-                )
+            launch = StepLaunch(
+                device.index or 0,
+                stream,
+                DTYPE_CODES[param_dtype],
+                DTYPE_CODES[grad_dtype],
+                laprop,
+                segment.rows,
+                segment.chunk_rows,
+                segment.chunks,
+                segment.ticket,
+                packed,
+                _addresses(its_grads, grad_dtype),
+                grad_scale,
+                found_inf,
+                grad_norm,
+                trust_ratios,
+                statistics,
+                of_squares,
+                of_norms,
+                -1.0 if scaling.max_grad_norm is None else scaling.max_grad_norm,
             )
+            if norms is None:
+                launcher.step(launch)
+            else:
+                launcher.update_norms(launch)
+        if norms is not None and its_norms is not None:
+            segment.put_rows(its_norms, norms)
         if capturing:
             _captured_rates.extend(rates)
+    if norms is not None:
+        return
     _copy_stand_ins(groups, table, back=True)
     # The kernel writes behind autograd's back: a parameter saved for a backward pass must be known to have changed.
     torch.autograd.graph.increment_version(
         [param for param, grad in zip(params, grads, strict=True) if grad is not None]
     )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:

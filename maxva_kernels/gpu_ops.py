@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import _ops
 from .backends.registry import select
 from .groups import EPS_MODES, Group, Hyperparameters, Scaling, TensorLists
+from .statistics import Recorder, chunks_of
 
 
 def step_(
@@ -21,6 +24,9 @@ def step_(
     found_inf: Tensor | None = None,
     grad_norm: Tensor | None = None,
     max_grad_norm: float = -1.0,
+    trust_ratios: Tensor | None = None,
+    statistics: Tensor | None = None,
+    update_norms: Tensor | None = None,
     **of_groups: list[Any],
 ) -> None:
     given = {name: iter(tensors) for name, tensors in zip(_ops.STEP_LISTS, lists, strict=True)}
@@ -36,8 +42,25 @@ def step_(
         # max_denoms has the tensors of groups with AMSGrad alone
         counts = {name: 0 if name == "max_denoms" and not hyper.amsgrad else size for name in given}
         groups.append(Group(hyper, TensorLists(**{name: list(islice(given[name], counts[name])) for name in given})))
-    scaling = Scaling(grad_scale, found_inf, grad_norm, None if max_grad_norm < 0 else max_grad_norm)
-    select("auto", lists[0][0].device).step(groups, laprop, scaling)
+    scaling = Scaling(grad_scale, found_inf, grad_norm, None if max_grad_norm < 0 else max_grad_norm, trust_ratios)
+    backend = select("auto", lists[0][0].device)
+    if update_norms is not None:
+        update_norms.copy_(backend.update_norms(groups, laprop, scaling))
+    else:
+        backend.step(groups, laprop, scaling, None if statistics is None else _GivenTable(statistics))
+
+
+class _GivenTable(Recorder):
+    """Has the records of a step written to a table that is there."""
+
+    def __init__(self, records: Tensor):
+        super().__init__()
+        self._records, self._given = records, 0
+
+    def table(self, tensors: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+        first = self._given
+        self._given += sum(chunks_of(numel) for _, numel in tensors)
+        return self._records[first : self._given]
 
 
 def grad_norm(grads: list[Tensor]) -> Tensor:

@@ -43,6 +43,7 @@ class Hyperparameters:
     amsgrad: bool = False
     maximize: bool = False
     eps_mode: str = "paper"
+    trust_ratio: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.lr, Tensor):
@@ -109,18 +110,22 @@ class TensorLists:
 class Group(NamedTuple):
     hyper: Hyperparameters
     tensors: TensorLists
+    number: int = 0  # among the optimizer's groups, of which each device has a part
 
 
 class Scaling(NamedTuple):
-    """What multiplies or stops all gradients of a step; scalars on the gradients' device.
+    """What multiplies or stops the gradients and updates of a step; on the gradients' device.
 
-    ``grad_norm`` is the global norm of the gradients as they stand, that is before division by ``grad_scale``.
+    All but ``trust_ratios`` are scalars. ``grad_norm`` is the global norm of the gradients as they stand, that is
+    before division by ``grad_scale``. ``trust_ratios`` has for each parameter what its learning rate is multiplied by,
+    float64.
     """
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
     grad_norm: Tensor | None = None
     max_grad_norm: float | None = None
+    trust_ratios: Tensor | None = None
 
 
 def joined(groups: Sequence[Group], name: str) -> list[Any]:
@@ -135,9 +140,10 @@ def with_gradients(groups: Sequence[Group]) -> Sequence[Group]:
     if all(grad is not None for group in groups for grad in group.tensors.grads):
         return groups
     present = []
-    for hyper, tensors in groups:
+    for group in groups:
+        tensors = group.tensors
         keep = [i for i, grad in enumerate(tensors.grads) if grad is not None]
         lists = {f.name: getattr(tensors, f.name) for f in fields(TensorLists)}
         kept = {name: [values[i] for i in keep] if values else [] for name, values in lists.items()}
-        present.append(Group(hyper, TensorLists(**kept)))
+        present.append(group._replace(tensors=TensorLists(**kept)))
     return [group for group in present if group.tensors.params]

@@ -13,8 +13,12 @@ from torch.optim import Optimizer
 from . import checkpoint, checks, distributed, functional, gpu
 from .backends.registry import select
 from .groups import HYPERPARAMETERS, MOMENTS, Group, Hyperparameters, TensorLists, state_dtype
+from .statistics import Recorder, StepStatistics
 
 __all__ = ["LaMAdam", "MAdam"]
+
+# Options of the whole optimizer, not of a group.
+_OWN_OPTIONS = ("max_grad_norm", "skip_nonfinite", "collect_statistics", "capturable", "backend")
 
 _ARGUMENTS = """
     Args:
@@ -40,6 +44,9 @@ _ARGUMENTS = """
         skip_nonfinite: leave everything as it is in a step whose gradients, of all groups, devices and ranks, have a
             NaN or an infinity, and count it in `skipped_steps` (a gradient scaler's overflows too). It costs the norm's
             read of the gradients, which ``max_grad_norm`` shares. False: they spread, as in `torch.optim`.
+        trust_ratio: multiply each parameter's learning rate by its norm over that of its update, weight decay included
+            (LAMB); by 1 where one of them is 0. It costs one more read of parameters, gradients and state.
+        collect_statistics: have `step` note what `statistics` tells.
         state_dtype: None is the only choice yet.
         master_weights: False is the only choice yet.
         differentiable: False is the only choice: the kernels record no graph to differentiate a step by.
@@ -48,7 +55,8 @@ _ARGUMENTS = """
         backend: "auto" (the fastest that can run on each parameter's device), "cuda", "triton", "cpu" or "reference".
             ``python -m maxva_kernels`` says which can run. All share one state: a run may change it at any step.
 
-    All but ``max_grad_norm``, ``skip_nonfinite``, ``capturable`` and ``backend`` may be set per group.
+    All but ``max_grad_norm``, ``skip_nonfinite``, ``collect_statistics``, ``capturable`` and ``backend`` may be set per
+    group.
 
     State of a parameter: ``step`` (int64 scalar), ``exp_avg`` (m~), ``grad_mean`` (u), ``grad_var`` (v - u^2),
     ``weight_sum`` (w), with AMSGrad ``max_denom``.
@@ -74,6 +82,7 @@ class _MaxVA(Optimizer):
         *,
         max_grad_norm: float | None,
         skip_nonfinite: bool,
+        collect_statistics: bool,
         capturable: bool,
         backend: str,
         **defaults: Any,
@@ -81,6 +90,8 @@ class _MaxVA(Optimizer):
         functional.check_max_grad_norm(max_grad_norm)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
+        self.collect_statistics = collect_statistics
+        self._recorder: Recorder | None = None  # of the last step
         self._skipped_steps: Tensor | None = None  # where the first parameter is, from the first step on
         self.capturable = capturable
         self.backend = backend
@@ -93,7 +104,7 @@ class _MaxVA(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for option in ("max_grad_norm", "skip_nonfinite", "capturable", "backend"):
+            for option in _OWN_OPTIONS:
                 # ZeroRedundancyOptimizer writes all of its arguments into the groups.
                 if group.pop(option, getattr(self, option)) != getattr(self, option):
                     raise ValueError(f"{option} is the whole optimizer's and cannot be set in a parameter group")
@@ -141,6 +152,7 @@ class _MaxVA(Optimizer):
         if not self.capturable and _is_capturing(self.param_groups):
             raise RuntimeError("a CUDA graph is being captured; pass capturable=True to have step() captured")
         norm_options = self._norm_options()
+        recorder = Recorder() if self.collect_statistics else None
         fresh: list[tuple[Tensor, str | None]] = []
         try:
             functional.step_groups(
@@ -148,6 +160,7 @@ class _MaxVA(Optimizer):
                 laprop=self._laprop,
                 max_grad_norm=self.max_grad_norm,
                 **norm_options,
+                recorder=recorder,
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
                 backend=self.backend,
@@ -161,13 +174,16 @@ class _MaxVA(Optimizer):
             if type(error) is RuntimeError:  # not its subclasses, as NotImplementedError
                 raise RuntimeError(_name_parameter(str(error), self._listed)) from error
             raise
+        self._recorder = recorder
         return loss
 
     def _norm_options(self) -> dict[str, Any]:
         """Which ranks a norm is over, told by all parameters, with or without gradients, and what is done by it."""
         if self.max_grad_norm is None and not self.skip_nonfinite:
+            if any(group["trust_ratio"] for group in self.param_groups):  # refused where parts of parameters are hidden
+                distributed.norm_group(self._params(), self._inside_zero)
             return {}
-        params = [param for group in self.param_groups for param in group["params"]]
+        params = self._params()
         if self.skip_nonfinite and self._skipped_steps is None:
             self._skipped_steps = torch.zeros((), dtype=torch.int64, device=params[0].device if params else None)
         try:
@@ -179,6 +195,21 @@ class _MaxVA(Optimizer):
             "spreads": spreads,
             "skipped_steps": self._skipped_steps if self.skip_nonfinite else None,
         }
+
+    def _params(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def statistics(self) -> StepStatistics:
+        """What the last step did, of each parameter group and of all (`maxva_kernels.StepStatistics`).
+
+        Waits for the device. After a replay of a CUDA graph it is about the step that was replayed.
+
+        Raises:
+            RuntimeError: there was no step yet with ``collect_statistics``.
+        """
+        if self._recorder is None:
+            raise RuntimeError("no step has been recorded; pass collect_statistics=True and call step() first")
+        return self._recorder.read(len(self.param_groups))
 
     @property
     def skipped_steps(self) -> int:
@@ -193,7 +224,7 @@ class _MaxVA(Optimizer):
         """
         checkpoint.place_steps(self.state)
         groups = []
-        for settings in self.param_groups:
+        for index, settings in enumerate(self.param_groups):
             hyper = _hyperparameters(settings)
             by_device: dict[torch.device, TensorLists] = {}
             for param in settings["params"]:
@@ -210,7 +241,7 @@ class _MaxVA(Optimizer):
                 lists = by_device.get(param.device)
                 if lists is None:
                     lists = by_device[param.device] = TensorLists()
-                    groups.append(Group(hyper, lists))
+                    groups.append(Group(hyper, lists, index))
                 lists.params.append(param)
                 lists.grads.append(grad)
                 lists.exp_avgs.append(state["exp_avg"])
@@ -265,11 +296,13 @@ class _MaxVA(Optimizer):
             group["lr"] = lr.cpu()  # of a checkpoint from another device
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("max_grad_norm", "skip_nonfinite", "_skipped_steps", "capturable", "backend", "_inside_zero")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        own = (*_OWN_OPTIONS, "_skipped_steps", "_inside_zero")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_recorder": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("trust_ratio", False)  # of a checkpoint older than that
         checkpoint.unwrap(self.state)
 
 
@@ -301,6 +334,8 @@ class MAdam(_MaxVA):
         eps_mode: str = "paper",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        trust_ratio: bool = False,
+        collect_statistics: bool = False,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         differentiable: bool = False,
@@ -337,6 +372,8 @@ class LaMAdam(_MaxVA):
         eps_mode: str = "paper",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        trust_ratio: bool = False,
+        collect_statistics: bool = False,
         state_dtype: torch.dtype | None = None,
         master_weights: bool = False,
         differentiable: bool = False,

@@ -63,11 +63,72 @@ def maxva_beta(g: Tensor, state: PaperState, hyper: Hyperparameters, delta: floa
 
 def update_moments(g: Tensor, state: PaperState, hyper: Hyperparameters, delta: float = 0.0) -> PaperState:
     """Lines 7 to 11 of Algorithm 1; m~ is left to the algorithm."""
-    beta = maxva_beta(g, state, hyper, delta)
+    return _average(g, state, maxva_beta(g, state, hyper, delta))
+
+
+def _average(g: Tensor, state: PaperState, beta: Tensor) -> PaperState:
     u = beta * state.u + (1 - beta) * g
     v = beta * state.v + (1 - beta) * g**2
     w = beta * state.w + (1 - beta)
     return PaperState(state.m, u, v, w)
+
+
+class Step(NamedTuple):
+    """What a step leads to: the first three are kept, the others tell how it came about."""
+
+    theta: Tensor
+    state: PaperState
+    max_denom: Tensor | None
+    beta: Tensor
+    adaptive: Tensor  # what was subtracted from theta besides decoupled weight decay
+
+
+def advance(
+    theta: Tensor,
+    g: Tensor,
+    state: PaperState,
+    t: int,
+    hyper: Hyperparameters,
+    *,
+    laprop: bool,
+    max_denom: Tensor | None = None,
+) -> Step:
+    """Step ``t`` (1-based) of Algorithm 1, or with ``laprop`` of Algorithm 2.
+
+    Args:
+        theta, g: parameter and gradient (unscaled and clipped), of one shape and dtype.
+        state: before the step; zeros before the first.
+        max_denom: with AMSGrad the running maximum of the bias-corrected sqrt(v).
+
+    Returns:
+        The parameter, the state and the maximum after the step, and more; the arguments are not changed.
+    """
+    lr, alpha, eps = hyper.lr, hyper.beta1, hyper.eps
+    if hyper.maximize:
+        g = -g
+    if hyper.decoupled_weight_decay:
+        theta = theta - lr * hyper.weight_decay * theta
+    else:
+        g = g + hyper.weight_decay * theta
+
+    beta = maxva_beta(g, state, hyper)
+    state = _average(g, state, beta)
+    root_w = state.w.sqrt()
+    root_v = (state.v / state.w).sqrt()  # bias-corrected
+    if max_denom is not None:
+        root_v = max_denom = torch.maximum(max_denom, root_v)
+    if hyper.eps_mode == "adam":
+        normaliser = 1 / (root_v + eps)
+    else:
+        normaliser = root_w / (root_w * root_v + eps)  # sqrt(w) / (sqrt(v~) + eps)
+
+    if laprop:  # Algorithm 2: normalise, then average
+        m = alpha * state.m + (1 - alpha) * (g * normaliser)
+        adaptive = lr * m / (1 - alpha**t)
+    else:  # Algorithm 1: average, then normalise (line 12)
+        m = alpha * state.m + (1 - alpha) * g
+        adaptive = lr / (1 - alpha**t) * (m * normaliser)
+    return Step(theta - adaptive, state._replace(m=m), max_denom, beta, adaptive)
 
 
 def step(
@@ -80,38 +141,5 @@ def step(
     laprop: bool,
     max_denom: Tensor | None = None,
 ) -> tuple[Tensor, PaperState, Tensor | None]:
-    """Step ``t`` (1-based) of Algorithm 1, or with ``laprop`` of Algorithm 2.
-
-    Args:
-        theta, g: parameter and gradient (unscaled and clipped), of one shape and dtype.
-        state: before the step; zeros before the first.
-        max_denom: with AMSGrad the running maximum of the bias-corrected sqrt(v).
-
-    Returns:
-        The parameter, the state and the maximum after the step; the arguments are not changed.
-    """
-    lr, alpha, eps = hyper.lr, hyper.beta1, hyper.eps
-    if hyper.maximize:
-        g = -g
-    if hyper.decoupled_weight_decay:
-        theta = theta - lr * hyper.weight_decay * theta
-    else:
-        g = g + hyper.weight_decay * theta
-
-    state = update_moments(g, state, hyper)
-    root_w = state.w.sqrt()
-    root_v = (state.v / state.w).sqrt()  # bias-corrected
-    if max_denom is not None:
-        root_v = max_denom = torch.maximum(max_denom, root_v)
-    if hyper.eps_mode == "adam":
-        normaliser = 1 / (root_v + eps)
-    else:
-        normaliser = root_w / (root_w * root_v + eps)  # sqrt(w) / (sqrt(v~) + eps)
-
-    if laprop:  # Algorithm 2: normalise, then average
-        m = alpha * state.m + (1 - alpha) * (g * normaliser)
-        theta = theta - lr * m / (1 - alpha**t)
-    else:  # Algorithm 1: average, then normalise (line 12)
-        m = alpha * state.m + (1 - alpha) * g
-        theta = theta - lr / (1 - alpha**t) * (m * normaliser)
-    return theta, state._replace(m=m), max_denom
+    """The parameter, the state and the maximum after step ``t``, see `advance`."""
+    return advance(theta, g, state, t, hyper, laprop=laprop, max_denom=max_denom)[:3]

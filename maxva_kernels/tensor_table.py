@@ -51,6 +51,22 @@ class Segment:
         self.rows = self._memory.data_ptr()  # addresses
         self.ticket = self.rows + 8 * len(rows) * len(rows[0])
         self.chunk_rows = self.ticket + 8
+        self._index: Tensor | None = None
+
+    def is_part(self, device: torch.device) -> None:
+        """There are other segments: the rows of this one are some of all."""
+        self._index = torch.tensor(self.tensors, device="cpu").to(device, non_blocking=True)
+
+    def rows_of(self, values: Tensor) -> Tensor:
+        """What of values for all tensors belongs to the rows."""
+        return values if self._index is None else values.index_select(0, self._index)
+
+    def put_rows(self, values: Tensor, into: Tensor) -> None:
+        """Copies values of the rows to where those of all tensors are."""
+        if self._index is None:
+            into.copy_(values)
+        else:
+            into.index_copy_(0, self._index, values.to(into.dtype))
 
 
 @dataclass
@@ -133,6 +149,9 @@ def make_step_table(groups: Sequence[Group], chunk: int, max_tensors: int, max_g
                 first += count
             segment = Segment(taken, [rows[i] for i in taken], counts, params[0].device)
             table.segments.append((dtype, segment, range(first_group, group_of[taken[-1]] + 1)))
+    if len(table.segments) > 1:
+        for _, segment, _ in table.segments:
+            segment.is_part(params[0].device)
     return table
 
 

@@ -36,6 +36,7 @@ OPTIONS = {
     "amsgrad": {"amsgrad": True},
     "maximize": {"maximize": True},
     "clip": {"max_grad_norm": 1.0},
+    "trust_ratio": {"trust_ratio": True},
     "all": {
         "amsgrad": True,
         "maximize": True,
@@ -43,6 +44,7 @@ OPTIONS = {
         "eps_mode": "adam",
         "max_grad_norm": 2.0,
         "beta2_init": 0.5,
+        "trust_ratio": True,
     },
 }
 

@@ -17,10 +17,12 @@ from ptxsim import Buffer, Device, Module, Stats
 
 from maxva_kernels import gpu
 from maxva_kernels.backends import registry
+from maxva_kernels.statistics import FIELDS
 from maxva_kernels.tensor_table import NORM_COLUMNS, STEP_COLUMNS
 
 SIZES = {0: 4, 1: 8, 2: 2, 3: 2}  # bytes of a dtype, by its code (csrc/dtype.h)
 SUMS = 3  # numbers that stand for the sum of a chunk's squares
+RECORD = 4 * len(FIELDS)  # bytes of a chunk's statistics
 
 Range = tuple[str, int, int]  # name, address, bytes; an address 0 is none
 
@@ -39,6 +41,9 @@ def step_ranges(launch: gpu.StepLaunch) -> list[Range]:
     ranges = [("rows", launch.rows, table.nbytes), ("chunk_rows", launch.chunk_rows, 4 * launch.chunks)]
     ranges += [("ticket", launch.ticket, 4)]
     ranges += [(name, getattr(launch, name), wide) for name in ("grad_scale", "found_inf", "grad_norm")]
+    ranges += [("trust_ratios", launch.trust_ratios, tensors * wide), ("norms", launch.norms, 2 * tensors * wide)]
+    ranges += [("statistics", launch.statistics, launch.chunks * RECORD)]
+    ranges += [("squares", launch.squares, launch.chunks * 2 * SUMS * wide)]
     for i, (values, address) in enumerate(zip(table.tolist(), _addresses(launch.grads), strict=True)):
         if address == 0:
             continue

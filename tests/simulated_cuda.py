@@ -61,21 +61,23 @@ def module(source: str, arch: str = ARCH) -> tuple[Module, dict[str, str]]:
     return parsed, dict(zip(names, mangled, strict=True))
 
 
-def step_entry(param: int, grad: int, laprop: bool) -> tuple[str, str]:
+def step_entry(param: int, grad: int, laprop: bool, statistics: bool = False) -> tuple[str, str]:
     """The source and the C++ name of the step kernel for these dtype codes."""
     source = {0: "step_float", 1: "step_double", 2: "step_half", 3: "step_bfloat16"}[param]
     arithmetic = "double" if param == 1 else "float"
-    names = ", ".join([f"(maxva::Algorithm){int(laprop)}", arithmetic, TYPE_NAMES[param], TYPE_NAMES[grad]])
-    return source, f"step_kernel<{names}>"
+    names = [f"(maxva::Algorithm){int(laprop)}", arithmetic, TYPE_NAMES[param], TYPE_NAMES[grad]]
+    return source, f"step_kernel<{', '.join(names)}, {str(statistics).lower()}>"
 
 
 class StepInput(ctypes.Structure):
     """csrc/cuda/arguments.h."""
 
     _fields_ = [
+        *((name, ctypes.c_int64) for name in ("param_dtype", "grad_dtype")),
         *((name, ctypes.c_uint64) for name in ("rows", "chunk_rows")),
         ("chunks", ctypes.c_int64),
         *((name, ctypes.c_uint64) for name in ("ticket", "grad_scale", "found_inf", "grad_norm")),
+        *((name, ctypes.c_uint64) for name in ("trust_ratios", "statistics", "squares", "norms")),
         ("max_grad_norm", ctypes.c_double),
         *(("groups", ctypes.c_char_p), ("group_count", ctypes.c_int64)),
         *(("grads", ctypes.c_char_p), ("tensors", ctypes.c_int64)),
@@ -129,17 +131,28 @@ class SimulatedLauncher(Simulation):
         pass
 
     def step(self, launch):
+        entry = step_entry(launch.param_dtype, launch.grad_dtype, launch.laprop, launch.statistics != 0)
+        self._run(*entry, constant("step_threads"), launch.chunks, [self._fill(launch)], step_ranges(launch))
+
+    def update_norms(self, launch):
+        arithmetic, algorithm = "double" if launch.param_dtype == 1 else "float", int(launch.laprop)
+        entry = f"update_chunks_kernel<(maxva::Algorithm){algorithm}, {arithmetic}>"
+        given = launch.chunks, [self._fill(launch)], step_ranges(launch)
+        self._run("update_norm", entry, constant("update_threads"), *given)
+        self._run("update_norm", f"update_total_kernel<{arithmetic}>", constant("update_total_threads"), *given)
+
+    def _fill(self, launch):
         tensors, group_count = len(launch.grads) // 8, len(launch.groups) // constant("packed_group_bytes")
         given = StepInput(
-            launch.rows, launch.chunk_rows, launch.chunks, launch.ticket,
-            launch.grad_scale, launch.found_inf, launch.grad_norm, launch.max_grad_norm,
+            launch.param_dtype, launch.grad_dtype, launch.rows, launch.chunk_rows, launch.chunks, launch.ticket,
+            launch.grad_scale, launch.found_inf, launch.grad_norm,
+            launch.trust_ratios, launch.statistics, launch.squares, launch.norms, launch.max_grad_norm,
             launch.groups, group_count, launch.grads, tensors,
         )  # fmt: skip
         twice = launch.param_dtype == 1
         filled = _stack_memory(constant("step_launch_double_bytes" if twice else "step_launch_bytes"))
         bridge().fill_step(filled, ctypes.c_bool(twice), ctypes.byref(given))
-        entry = step_entry(launch.param_dtype, launch.grad_dtype, launch.laprop)
-        self._run(*entry, constant("step_threads"), launch.chunks, [filled.raw], step_ranges(launch))
+        return filled.raw
 
     def norm_chunks(self, launch):
         tensors = len(launch.grads) // 8

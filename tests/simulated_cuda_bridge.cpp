@@ -1,4 +1,5 @@
-// csrc/cuda/arguments.cpp for Python's ctypes: fills a launch as the compiled module does, and says what its limits are.
+// csrc/cuda/arguments.cpp for Python's ctypes: fills a launch as the compiled module does, and says what its limits
+// are.
 #include "cuda/arguments.h"
 
 using namespace maxva;
@@ -7,10 +8,12 @@ using namespace maxva::cuda;
 extern "C" {
 
 extern const int64_t max_tensors = kMaxTensors, max_groups = kMaxGroups, step_chunk = kStepChunk,
-                     step_threads = kStepThreads, norm_chunk = kNormChunk, norm_lanes = kNormLanes,
+                     step_threads = kStepThreads, update_threads = kUpdateThreads,
+                     update_total_threads = kUpdateTotalThreads, norm_chunk = kNormChunk, norm_lanes = kNormLanes,
                      packed_group_bytes = sizeof(PackedGroup), step_row_bytes = sizeof(StepRow),
                      norm_row_bytes = sizeof(NormRow), step_launch_bytes = sizeof(StepLaunch<float>),
-                     step_launch_double_bytes = sizeof(StepLaunch<double>), norm_launch_bytes = sizeof(NormLaunch<float>);
+                     step_launch_double_bytes = sizeof(StepLaunch<double>),
+                     norm_launch_bytes = sizeof(NormLaunch<float>);
 
 void fill_step(void* launch, bool twice, const StepInput* input) {
   twice ? fill(*static_cast<StepLaunch<double>*>(launch), *input)

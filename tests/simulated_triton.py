@@ -57,6 +57,10 @@ class SimulatedTriton(Simulation, TritonLauncher):
         self._ranges = step_ranges(launch)
         TritonLauncher.step(self, launch)
 
+    def update_norms(self, launch):
+        self._ranges = step_ranges(launch)
+        TritonLauncher.update_norms(self, launch)
+
     def norm_chunks(self, launch):
         self._ranges = norm_ranges(launch, self.NORM_CHUNK)
         TritonLauncher.norm_chunks(self, launch)

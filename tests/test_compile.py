@@ -14,6 +14,7 @@ OPTIONS = {
     "clip": {"max_grad_norm": 0.01},
     "skip": {"skip_nonfinite": True},
     "AMSGrad, decay": {"amsgrad": True, "weight_decay": 0.1},
+    "trust ratio": {"trust_ratio": True, "weight_decay": 0.1, "collect_statistics": True},
     "lr in a tensor": {"lr": torch.tensor(0.01)},
 }
 

@@ -66,7 +66,9 @@ class TheirOptimizer(Optimizer):
                 else:
                     step = state["step"] = state.get("step", 0) + 1
                 g = param.grad
-                if self.decoupled(group):
+                if group.get("lamb"):
+                    pass  # the update has it
+                elif self.decoupled(group):
                     param.mul_(1 - group["lr"] * group["weight_decay"])
                 else:
                     g = g + group["weight_decay"] * param
@@ -98,7 +100,12 @@ class TheirMAdam(TheirOptimizer):
             denominator = state["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], denominator)
         beta1 = group["beta1"]
         m = state["exp_avg_grad"] = beta1 * state["exp_avg_grad"] + (1 - beta1) * g
-        param.sub_(group["lr"] / (1 - beta1 ** (step - group["moment_warmup"])) * m / denominator)
+        change = m / denominator / (1 - beta1 ** (step - group["moment_warmup"]))
+        if group["lamb"]:
+            change = change + group["weight_decay"] * param
+            if group["weight_decay"] > 0 and param.norm() > 0 and change.norm() > 0:
+                change = change * (param.norm() / change.norm())
+        param.sub_(group["lr"] * change)
 
 
 class TheirLaMAdam(TheirOptimizer):
@@ -139,6 +146,8 @@ THEIRS = {
     "MAdam, AMSGrad": (TheirMAdam, {"amsgrad": True}),
     "MAdam, L2": (TheirMAdam, {"adamw": False}),
     "MAdam, equal bounds": (TheirMAdam, {"beta2_range": (0.9, 0.9)}),
+    "MAdam, trust ratio": (TheirMAdam, {"lamb": True}),
+    "MAdam, trust ratio without decay, which is 1": (TheirMAdam, {"lamb": True, "weight_decay": 0.0}),
     "MAdam, moment warm-up": (TheirMAdam, {"moment_warmup": 4}),
     "LaMAdam": (TheirLaMAdam, {}),
     "LaMAdam, L2": (TheirLaMAdam, {"use_adamw": False}),
@@ -207,6 +216,8 @@ def test_our_run_goes_on_there(theirs, options, backend):
     fairseq = theirs is FairseqLaMAdam
     l2 = options.get("adamw") is False or options.get("use_adamw") is False or options.get("use_adam") is True
     hyper = {**OURS, "decoupled_weight_decay": not l2, "amsgrad": ours_of(theirs) is MAdam and "amsgrad" in options}
+    hyper["weight_decay"] = options.get("weight_decay", COMMON["weight_decay"])
+    hyper["trust_ratio"] = options.get("lamb", False) and hyper["weight_decay"] > 0
     hyper["beta2_range"] = options.get("beta2_range", OURS["beta2_range"])
     straight = run(ours_of(theirs)(make_params(SIZES, torch.float64), **hyper, backend=backend), 0, 20)
     there = theirs(copied(straight, torch.float64), lr=9.0, eps=1.0, **options)
@@ -534,9 +545,19 @@ REFUSED = {
     "integers": (from_adam, lambda: edited(torch_dict(), state={"exp_avg": torch.ones(4).int()}), ["torch.int32"]),
     "no tensor": (from_authors, lambda: edited(their_dict(), state={"exp_avg_sq": [1]}), ["exp_avg_sq", "a list"]),
     "nesterov": (from_authors, lambda: edited(their_dict(), group={"nesterov": True}), ["param_groups[0]", "nesterov"]),
-    "lamb": (from_authors, lambda: edited(their_dict(), group={"lamb": True}), ["lamb=True", "set lamb to False"]),
     "share_beta": (from_authors, lambda: edited(their_dict(), group={"share_beta": True}), ["share_beta"]),
     "LaMAdam's nesterov": (from_authors, lambda: edited(their_dict(TheirLaMAdam), group={"nesterov": 1}), ["nesterov"]),
+    "lamb that decays twice": (
+        from_authors,
+        lambda: their_dict(lamb=True, adamw=False),
+        ["lamb=True", "set lamb to False"],
+    ),
+    "a trust ratio that would be 1": (
+        to_authors,
+        lambda: torch_dict(MAdam, trust_ratio=True, weight_decay=0.0),
+        ["trust_ratio=True"],
+    ),
+    "LaMAdam's trust ratio": (to_authors, lambda: torch_dict(LaMAdam, trust_ratio=True), ["trust_ratio=True"]),
     "in moment warm-up": (from_authors, lambda: their_dict(moment_warmup=3), ["step 3 of moment_warmup=3"]),
     "update without rate": (
         from_authors,

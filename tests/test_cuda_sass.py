@@ -11,7 +11,7 @@ import pytest
 from sass import Code, needs_cuobjdump, read, run
 from simulated_cuda import CSRC, NVCC_FLAGS, needs_nvcc
 
-SOURCES = ("step_float", "step_bfloat16", "step_half", "step_double", "grad_norm")
+SOURCES = ("step_float", "step_bfloat16", "step_half", "step_double", "grad_norm", "update_norm")
 ARCHS = ("sm_80", "sm_90", "sm_100")
 # One machine language with one of the above, or older: for these the kernels that people use most.
 OTHER_ARCHS = ("sm_75", "sm_86", "sm_89", "sm_120")
@@ -19,6 +19,7 @@ OTHER_SOURCES = ("step_float", "step_bfloat16")
 
 # Of a thread. A multiprocessor has 65,536, for three blocks of 256 threads, or two where an operand is not float32.
 REGISTERS = {"step_kernel float32": 80, "step_kernel": 128, "norm_chunks_kernel": 96, "norm_total_kernel": 64}
+REGISTERS |= {"update_chunks_kernel": 168, "update_total_kernel": 64}
 
 # For one float32 element, the most. At 3.35 TB/s and 44 bytes an element, an H100 has time for some 390: it has 132
 # multiprocessors of 128 lanes and runs at 1.755 GHz.
@@ -52,8 +53,8 @@ def compiled(tmp_path_factory):
 def test_every_kernel_is_there(compiled):
     """Guards the parsing that the other tests rest on."""
     names = Counter(arch for arch, code in compiled)
-    assert all(names[arch] == 20 + 7 + 2 for arch in ARCHS), names
-    assert all(names[arch] == 12 for arch in OTHER_ARCHS), names
+    assert all(names[arch] == 2 * 20 + 7 + 2 + 4 + 2 for arch in ARCHS), names
+    assert all(names[arch] == 2 * 12 for arch in OTHER_ARCHS), names
     assert all(len(code.opcodes) > 100 and code.count("EXIT") for _, code in compiled)
 
 
@@ -66,7 +67,7 @@ def test_no_local_memory(compiled):
 def test_registers(compiled):
     """Guards the number of threads that a multiprocessor holds."""
     for arch, code in compiled:
-        all_float = re.fullmatch(r"step_kernel<[01], float, float, float>", code.name)
+        all_float = re.fullmatch(r"step_kernel<[01], float, float, float, \w+>", code.name)
         budget = REGISTERS[code.name.split("<")[0] + " float32" * bool(all_float)]
         assert code.registers <= budget, (arch, code.name, code.registers)
 
@@ -108,7 +109,7 @@ def test_instructions_for_an_element(compiled):
     and its first store of one, which are all of the update of four elements (and some narrow loads, depending on the
     architecture), without the slow paths of divisions and roots."""
     for arch, code in compiled:
-        if re.match(r"step_kernel<[01], float, float, float>", code.name):
+        if re.match(r"step_kernel<[01], float, float, float, false>", code.name):
             last_load = max(i for i, opcode in enumerate(code.opcodes) if re.match(r"LDG\.E.*\.128", opcode))
             first_store = min(i for i, opcode in enumerate(code.opcodes) if re.match(r"STG\.E.*\.128", opcode))
             assert 50 < (first_store - last_load) / 4 <= INSTRUCTIONS, (arch, code.name, first_store - last_load)

@@ -42,6 +42,7 @@ OPTIONS = {
     "plain": {},
     "clip": {"max_grad_norm": 0.1},
     "AMSGrad, clip, decay": {"amsgrad": True, "max_grad_norm": 0.1, "weight_decay": 0.1},
+    "trust ratio": {"trust_ratio": True, "weight_decay": 0.1},
 }
 
 

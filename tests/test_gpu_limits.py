@@ -167,7 +167,7 @@ def test_indices_beyond_32_bits(param_dtype, grad_dtype, offset, grad_offset, ch
     packed, _ = gpu._pack([Hyperparameters(**BASE)], wide, torch.device("cpu"))
     launch = gpu.StepLaunch(
         0, 0, gpu.DTYPE_CODES[param_dtype], gpu.DTYPE_CODES[grad_dtype], False, row.data_ptr(), chunk_rows.data_ptr(),
-        chunks, ticket.data_ptr(), packed, array("Q", [first["grad"] % 2**64]).tobytes(), 0, 0, 0, -1.0,
+        chunks, ticket.data_ptr(), packed, array("Q", [first["grad"] % 2**64]).tobytes(), *[0] * 7, -1.0,
     )  # fmt: skip
     simulated.step(launch)
     lists = [[near[name]] for name in ("param", "grad", *MOMENTS)]

@@ -5,6 +5,7 @@ What they compute is tested with the other backends, on the simulator: test_gpu_
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -72,12 +73,12 @@ def test_interpreter(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def _step_constants(param: str, grad: str, laprop: bool) -> tuple[tuple[str, object], ...]:
+def _step_constants(param: str, grad: str, laprop: bool, **others: object) -> tuple[tuple[str, object], ...]:
     import triton.language as tl
 
     double = param == "float64"
-    constants = {"LAPROP": laprop, "T": tl.float64 if double else tl.float32, "CHUNK": SimulatedTriton.STEP_CHUNK}
-    constants |= {"PARAM": getattr(tl, param), "GRAD": getattr(tl, grad), "BLOCK": 256 if double else 512}
+    constants: dict[str, object] = {"LAPROP": laprop, "T": tl.float64 if double else tl.float32}
+    constants |= {"CHUNK": SimulatedTriton.STEP_CHUNK, "PARAM": getattr(tl, param), "GRAD": getattr(tl, grad)} | others
     return tuple(sorted(constants.items()))
 
 
@@ -96,13 +97,27 @@ def test_machine_code_of_the_step(param, grad, capability, tmp_path):
     four elements), no local memory, registers for four programs on a multiprocessor, no float64 but where asked for."""
     from maxva_kernels.triton_kernels.step import step_kernel
 
-    for laprop in (False, True):
-        code = _machine_code(step_kernel, _step_constants(param, grad, laprop), capability, tmp_path)
+    for laprop, statistics in itertools.product((False, True), repeat=2):
+        block = {"BLOCK": 256 if param == "float64" else 512, "STATISTICS": statistics}
+        code = _machine_code(step_kernel, _step_constants(param, grad, laprop, **block), capability, tmp_path)
         assert not code.uses_local_memory, code.stack
         assert code.registers <= 128
         wide = [dtype for dtype in (param, grad) if dtype in ("float32", "float64")]
         assert code.count(r"LDG\.E.*\.128") >= 5 + len(wide)  # with AMSGrad
         assert code.count(r"STG\.E.*\.128") >= 5 + (param in wide)
+        assert (code.double > 0) == (param == "float64")
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize(("param", "grad"), PAIRS)
+def test_machine_code_of_the_updates_norm(param, grad, capability, tmp_path):
+    """Guards against spilled registers, and against float64 where it was not asked for."""
+    from maxva_kernels.triton_kernels.update_norm import update_chunks_kernel
+
+    for laprop in (False, True):
+        code = _machine_code(update_chunks_kernel, _step_constants(param, grad, laprop), capability, tmp_path)
+        assert not code.uses_local_memory, code.stack
         assert (code.double > 0) == (param == "float64")
 
 
@@ -148,9 +163,10 @@ def test_packed_groups_are_read_as_they_were_packed():
 def test_one_compilation_whatever_the_values():
     """Guards against a kernel that is compiled again because an address or a count happens to be 1, or a multiple of
     16, or small: all of them are int64 and nothing else is known of them."""
-    from maxva_kernels.triton_kernels import grad_norm, step
+    from maxva_kernels.triton_kernels import grad_norm, step, update_norm
 
-    for kernel in (step.step_kernel, grad_norm.norm_chunks_kernel, grad_norm.norm_total_kernel):
+    kernels = [step.step_kernel, grad_norm.norm_chunks_kernel, grad_norm.norm_total_kernel]
+    for kernel in (*kernels, update_norm.update_chunks_kernel, update_norm.update_total_kernel):
         for param in kernel.params:
             assert param.is_constexpr or (param.do_not_specialize and param.annotation_type == "i64"), param.name
 

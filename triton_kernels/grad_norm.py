@@ -11,7 +11,7 @@ COLUMNS = tl.constexpr(3)
 
 
 @triton.jit
-def _add_up(lanes):
+def add_up(lanes):
     """Adds lanes pairwise: lane j += lane j + stride, stride = 512 ... 1. A sum of two terms has no order."""
     lanes = tl.sum(tl.reshape(lanes, (2, 512)), axis=0)
     lanes = tl.sum(tl.reshape(lanes, (2, 256)), axis=0)
@@ -65,9 +65,9 @@ def norm_chunks_kernel(
 
         # 2. The lanes together.
         at = (sums.to(tl.int64) + (tl.load(row + 2) + index) * (3 * T.primitive_bitwidth // 8)).to(tl.pointer_type(T))
-        tl.store(at, _add_up(large))
-        tl.store(at + 1, _add_up(medium))
-        tl.store(at + 2, _add_up(small))
+        tl.store(at, add_up(large))
+        tl.store(at + 1, add_up(medium))
+        tl.store(at + 2, add_up(small))
 
 
 @triton.jit(do_not_specialize=["sums", "chunks", "norm"])
@@ -88,4 +88,4 @@ def norm_total_kernel(
         large += tl.load(at, mask=chunk < chunks, other=0.0)
         medium += tl.load(at + 1, mask=chunk < chunks, other=0.0)
         small += tl.load(at + 2, mask=chunk < chunks, other=0.0)
-    tl.store(norm.to(tl.int64).to(tl.pointer_type(T)), root_of_sum(_add_up(large), _add_up(medium), _add_up(small)))
+    tl.store(norm.to(tl.int64).to(tl.pointer_type(T)), root_of_sum(add_up(large), add_up(medium), add_up(small)))

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .grad_norm import norm_chunks_kernel, norm_total_kernel
 from .step import step_kernel
+from .update_norm import update_chunks_kernel, update_total_kernel
 
 # By the codes of csrc/dtype.h.
 _TYPES = {0: tl.float32, 1: tl.float64, 2: tl.float16, 3: tl.bfloat16}
@@ -52,6 +53,56 @@ class TritonLauncher:
 
     def step(self, launch: Any, /) -> None:
         """Launches one step (`maxva_kernels.gpu.StepLaunch`) on the device's current stream."""
+        _sent, grads, integers, values, max_norm = self._send_step(launch)  # kept until the launch
+        self.run(
+            step_kernel,
+            launch.chunks,
+            launch.device,
+            (
+                *(launch.rows, launch.chunk_rows, launch.chunks, launch.ticket),
+                *(grads, len(launch.grads) // 8, integers, values),
+                *(launch.grad_scale, launch.found_inf, launch.grad_norm, max_norm),
+                *(launch.trust_ratios, launch.statistics),
+            ),
+            {
+                **self._constants(launch),
+                "BLOCK": 256 if launch.param_dtype == 1 else 512,
+                "STATISTICS": launch.statistics != 0,
+            },
+        )
+
+    def update_norms(self, launch: Any, /) -> None:
+        """Launches the norms of parameters and updates (`StepLaunch`) on the device's current stream."""
+        _sent, grads, integers, values, max_norm = self._send_step(launch)
+        constants = self._constants(launch)
+        self.run(
+            update_chunks_kernel,
+            launch.chunks,
+            launch.device,
+            (
+                *(launch.rows, launch.chunk_rows, launch.chunks, grads, integers, values),
+                *(launch.grad_scale, launch.found_inf, launch.grad_norm, max_norm, launch.squares),
+            ),
+            constants,
+        )
+        tensors = len(launch.grads) // 8
+        arguments = (launch.rows, grads, tensors, launch.found_inf, launch.squares, launch.norms)
+        self.run(
+            update_total_kernel, tensors, launch.device, arguments, {name: constants[name] for name in ("T", "CHUNK")}
+        )
+
+    def _constants(self, launch: Any) -> dict[str, Any]:
+        return {
+            "LAPROP": bool(launch.laprop),
+            "T": _TYPES[int(launch.param_dtype == 1)],
+            "PARAM": _TYPES[launch.param_dtype],
+            "GRAD": _TYPES[launch.grad_dtype],
+            "CHUNK": self.STEP_CHUNK,
+        }
+
+    def _send_step(self, launch: Any) -> tuple[torch.Tensor, int, int, int, int]:
+        """What travels with a step's launch: its memory, and the addresses in it of the gradients' addresses, the
+        groups' integers and numbers, and max_grad_norm."""
         double = launch.param_dtype == 1
         integers, values = _hyperparameters(launch.groups, launch.max_grad_norm, double)
         sent = self._send(launch.grads + integers + values, launch.device)
@@ -59,24 +110,7 @@ class TritonLauncher:
         integers_at = grads_at + len(launch.grads)
         values_at = integers_at + len(integers)
         max_norm_at = values_at + len(launch.groups) // _PACKED_GROUP.size * _GROUP_VALUES * (8 if double else 4)
-        self.run(
-            step_kernel,
-            launch.chunks,
-            launch.device,
-            (
-                *(launch.rows, launch.chunk_rows, launch.chunks, launch.ticket),
-                *(grads_at, len(launch.grads) // 8, integers_at, values_at),
-                *(launch.grad_scale, launch.found_inf, launch.grad_norm, max_norm_at),
-            ),
-            {
-                "LAPROP": bool(launch.laprop),
-                "T": _TYPES[int(double)],
-                "PARAM": _TYPES[launch.param_dtype],
-                "GRAD": _TYPES[launch.grad_dtype],
-                "CHUNK": self.STEP_CHUNK,
-                "BLOCK": 256 if double else 512,
-            },
-        )
+        return sent, grads_at, integers_at, values_at, max_norm_at
 
     def norm_chunks(self, launch: Any, /) -> None:
         """Launches the sums of squares of chunks (`NormLaunch`) on the device's current stream."""
@@ -121,10 +155,13 @@ class TritonLauncher:
 
 def options(constants: dict[str, Any]) -> dict[str, Any]:
     """How a kernel with these constants is compiled."""
+    if "PARAM" not in constants:
+        return _OPTIONS
+    if "BLOCK" not in constants:  # update_chunks_kernel, whose threads then have four lanes each
+        return {**_OPTIONS, "num_warps": 8}
     # For a step ptxas, left to itself, chooses fewer registers on some architectures, and spills. With 128 each, four
     # programs fit a multiprocessor.
-    is_step = "PARAM" in constants
-    return {**_OPTIONS, "maxnreg": 128} if is_step and constants["T"] is tl.float32 else _OPTIONS
+    return {**_OPTIONS, "maxnreg": 128} if constants["T"] is tl.float32 else _OPTIONS
 
 
 @functools.cache

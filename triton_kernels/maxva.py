@@ -74,7 +74,8 @@ def grad_factor(scale, norm, max_norm, maximize):
 
 @triton.jit
 def update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, saturation):
-    """The centred moments after gradient g (Eq. 6 and lines 7 to 11 of Algorithm 1); w == 0 before the first."""
+    """The centred moments after gradient g (Eq. 6 and lines 7 to 11 of Algorithm 1), and 1 - beta; w == 0 before the
+    first."""
     d = g - u
     r = d * d
     rise = (r - s) * w
@@ -91,7 +92,7 @@ def update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, s
     smallest: tl.constexpr = SMALLEST_DOUBLE if s.dtype == tl.float64 else SMALLEST
     s = tl.where(variance < smallest, 0.0, variance)
     w = tl.where(1.0 - w <= saturation, 1.0, w)
-    return u, s, w
+    return u, s, w, b
 
 
 @triton.jit
@@ -101,13 +102,14 @@ def update(
     modes,  # decay mode, whether eps stands as in Adam, whether AMSGrad is on
     LAPROP: tl.constexpr,
 ):  # fmt: skip
-    """One step; returns the new p, m, u, s, w, x."""
+    """One step. Returns the new m, u, s, w, x; what is to be subtracted from p; and of that the part that is not weight
+    decay, the gradient as it was used, without decay, and 1 - beta."""
     factor, alpha, one_minus_alpha, one_minus_upper, one_minus_lower, first_weight, saturation = coefficients[:7]
     eps, step_size, decay = coefficients[7:]
     decay_mode, adam_eps, amsgrad = modes
-    g = g * factor
-    g = tl.where(decay_mode == L2_DECAY, g + decay * p, g)
-    u, s, w = update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, saturation)
+    gradient = g * factor
+    g = tl.where(decay_mode == L2_DECAY, gradient + decay * p, gradient)
+    u, s, w, b = update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, saturation)
 
     root_v = square_root(s + u * u)
     x = tl.where(root_v <= x, x, root_v)  # a NaN is kept
@@ -115,12 +117,12 @@ def update(
     root_w = tl.where(adam_eps != 0, 1.0, square_root(w))
     if LAPROP:
         m = flush_subnormal(alpha * m + one_minus_alpha * divide(root_w * g, root_w * root_v + eps))
-        change = step_size * m
+        adaptive = step_size * m
     else:
         m = flush_subnormal(alpha * m + one_minus_alpha * g)
-        change = step_size * divide(root_w * m, root_w * root_v + eps)
-    change = tl.where(decay_mode == DECOUPLED_DECAY, decay * p + change, change)
-    return p - change, m, u, s, w, x
+        adaptive = step_size * divide(root_w * m, root_w * root_v + eps)
+    change = tl.where(decay_mode == DECOUPLED_DECAY, decay * p + adaptive, adaptive)
+    return m, u, s, w, x, change, adaptive, gradient, b
 
 
 @triton.jit

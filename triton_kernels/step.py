@@ -10,6 +10,8 @@ COLUMNS = tl.constexpr(10)
 # Numbers of a group as launcher.py packs them: of the arithmetic's type, and integers.
 GROUP_VALUES = tl.constexpr(10)
 GROUP_INTEGERS = tl.constexpr(5)
+# Numbers of a chunk's statistics (maxva_kernels/statistics.py, FIELDS).
+RECORD = tl.constexpr(6)
 
 
 @triton.jit
@@ -46,6 +48,7 @@ def _step_block(
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,  # all elements are there and every operand is aligned: no masks, so that accesses are wide
 ):  # fmt: skip
+    """Returns sums for the fields of a record but the count; who does not use them does not pay for them."""
     params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms = operands
     amsgrad = modes[2]
 
@@ -63,7 +66,8 @@ def _step_block(
         x = p
 
     # 2. Update.
-    p, m, u, s, w, x = update(p, g, m, u, s, w, x, coefficients, modes, LAPROP)
+    m, u, s, w, x, change, adaptive, gradient, b = update(p, g, m, u, s, w, x, coefficients, modes, LAPROP)
+    p = p - change
 
     # 3. Store.
     _store(params, at, p, begin, end, PARAM, WHOLE)
@@ -73,6 +77,135 @@ def _step_block(
     _store(weight_sums, at, w, begin, end, T, WHOLE)
     if amsgrad:
         _store(max_denoms, at, x, begin, end, T, WHOLE)
+
+    # 4. Tell.
+    there = (at >= begin) & (at < end)
+    return (
+        tl.sum(tl.where(there, tl.abs(adaptive), 0.0)),
+        tl.sum(tl.where(there, b, 0.0)),
+        tl.sum(tl.where(there & (b == coefficients[3]), 1.0, 0.0)),
+        tl.sum(tl.where(there & (b == coefficients[4]), 1.0, 0.0)),
+        tl.sum(tl.where(there, gradient * gradient, 0.0)),
+    )
+
+
+@triton.jit
+def _step_chunk(
+    operands, begin, end, aligned, coefficients, modes,
+    LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    for first in range(0, end, BLOCK):
+        if aligned & (first >= begin) & (first + BLOCK <= end):
+            _step_block(operands, first, begin, end, coefficients, modes, LAPROP, T, PARAM, GRAD, BLOCK, True)
+        else:
+            _step_block(operands, first, begin, end, coefficients, modes, LAPROP, T, PARAM, GRAD, BLOCK, False)
+
+
+@triton.jit
+def _step_and_tell(
+    operands, begin, end, aligned, coefficients, modes,
+    record,  # address: RECORD float32 that csrc/statistics.h describes
+    LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Steps a chunk that is sampled. Its sums are deterministic, but their order is this backend's own."""
+    adaptive = tl.zeros((), tl.float32)
+    one_minus_beta = tl.zeros((), tl.float32)
+    at_upper = tl.zeros((), tl.float32)
+    at_lower = tl.zeros((), tl.float32)
+    grad_square = tl.zeros((), tl.float32)
+    for first in range(0, end, BLOCK):
+        if aligned & (first >= begin) & (first + BLOCK <= end):
+            a, b, c, d, e = _step_block(
+                operands, first, begin, end, coefficients, modes, LAPROP, T, PARAM, GRAD, BLOCK, True
+            )
+        else:
+            a, b, c, d, e = _step_block(
+                operands, first, begin, end, coefficients, modes, LAPROP, T, PARAM, GRAD, BLOCK, False
+            )
+        adaptive += a.to(tl.float32)
+        one_minus_beta += b.to(tl.float32)
+        at_upper += c.to(tl.float32)
+        at_lower += d.to(tl.float32)
+        grad_square += e.to(tl.float32)
+    record = record.to(tl.pointer_type(tl.float32))
+    tl.store(record, (end - begin).to(tl.float32))
+    tl.store(record + 1, adaptive)
+    tl.store(record + 2, one_minus_beta)
+    tl.store(record + 3, at_upper)
+    tl.store(record + 4, at_lower)
+    tl.store(record + 5, grad_square)
+
+
+@triton.jit
+def _is_sampled(index):
+    """Whether statistics are taken of that chunk of a tensor (csrc/statistics.h)."""
+    return index.to(tl.uint32) * 0x9E3779B9 < 0x10000000
+
+
+@triton.jit
+def read_overflow(found_inf, T: tl.constexpr):
+    """Whether gradients overflowed. Devices add up their flags."""
+    overflow = False
+    if found_inf != 0:
+        overflow = tl.load(found_inf.to(tl.pointer_type(T))) != 0.0
+    return overflow
+
+
+@triton.jit
+def read_scaling(grad_scale, grad_norm, max_grad_norm, T: tl.constexpr):
+    """The gradients' scale, norm and largest norm, as `grad_factor` takes them."""
+    numbers: tl.constexpr = tl.pointer_type(T)
+    scale = tl.full((), 1.0, T)
+    if grad_scale != 0:
+        scale = tl.load(grad_scale.to(numbers))
+    norm = tl.full((), 1.0, T)
+    max_norm = tl.full((), -1.0, T)
+    if grad_norm != 0:
+        norm = tl.load(grad_norm.to(numbers))
+        max_norm = tl.load(max_grad_norm.to(tl.int64).to(numbers))
+    return scale, norm, max_norm
+
+
+@triton.jit
+def read_coefficients(
+    integers, values,  # addresses of the groups' numbers
+    group, step,
+    scale, norm, max_norm,
+    trust_ratio,  # multiplies the learning rate
+    AT_RATE_1: tl.constexpr,  # whatever that is
+    T: tl.constexpr,
+):  # fmt: skip
+    """What a tensor's coordinates share, as `update` takes it, and the modes: of the decay, of eps."""
+    numbers: tl.constexpr = tl.pointer_type(T)
+    modes = integers.to(tl.int64).to(tl.pointer_type(tl.int64)) + group * GROUP_INTEGERS
+    decay_mode = tl.load(modes + 2)
+    adam_eps = tl.load(modes + 3)
+    hyper = values.to(tl.int64).to(numbers) + group * GROUP_VALUES
+    if AT_RATE_1:
+        lr = tl.full((), 1.0, T)
+    else:
+        lr = tl.load(hyper)
+        lr_address = tl.load(modes + 1)
+        if lr_address != 0:
+            lr = tl.load(lr_address.to(numbers))
+        lr = lr * trust_ratio
+    weight_decay = tl.load(hyper + 2)
+    factor = grad_factor(scale, norm, max_norm, tl.load(modes + 4))
+    step_size = divide(lr, bias_correction(tl.load(modes), step, T))
+    decay = tl.where(decay_mode == L2_DECAY, weight_decay, lr * weight_decay)
+    coefficients = (
+        factor,
+        tl.load(hyper + 3),  # alpha and 1 - alpha
+        tl.load(hyper + 4),
+        tl.load(hyper + 5),  # 1 - the upper and the lower bound of beta
+        tl.load(hyper + 6),
+        tl.load(hyper + 7),  # the first gradient's weight
+        tl.load(hyper + 8),  # w is set to 1 this near to it
+        tl.load(hyper + 1),  # eps
+        step_size,
+        decay,
+    )
+    return coefficients, decay_mode, adam_eps
 
 
 @triton.jit
@@ -94,6 +227,8 @@ _ARGUMENTS = [
     "found_inf",
     "grad_norm",
     "max_grad_norm",
+    "trust_ratios",
+    "statistics",
 ]
 
 
@@ -113,19 +248,23 @@ def step_kernel(
     found_inf: tl.int64,  # address of one, or 0: 0
     grad_norm: tl.int64,  # address of one, or 0: no clip
     max_grad_norm: tl.int64,  # address of one
+    trust_ratios: tl.int64,  # address: for each tensor what its learning rate is multiplied by, or 0: 1
+    statistics: tl.int64,  # address: for each chunk RECORD float32
     LAPROP: tl.constexpr,
     T: tl.constexpr,  # the arithmetic's type
     PARAM: tl.constexpr,  # the parameters' type
     GRAD: tl.constexpr,  # the gradients' type
     CHUNK: tl.constexpr,  # elements of a chunk
     BLOCK: tl.constexpr,  # elements that a program works on at once
+    STATISTICS: tl.constexpr,  # whether they are taken
 ):
     int64: tl.constexpr = tl.pointer_type(tl.int64)
-    numbers: tl.constexpr = tl.pointer_type(T)
     # Triton's interpreter takes an address that fits for an int32, whatever the annotation says.
     grad_scale = grad_scale.to(tl.int64)
     found_inf = found_inf.to(tl.int64)
     grad_norm = grad_norm.to(tl.int64)
+    trust_ratios = trust_ratios.to(tl.int64)
+    statistics = statistics.to(tl.int64)
     param_bytes: tl.constexpr = PARAM.primitive_bitwidth // 8
     grad_bytes: tl.constexpr = GRAD.primitive_bitwidth // 8
     state_bytes: tl.constexpr = T.primitive_bitwidth // 8
@@ -133,19 +272,9 @@ def step_kernel(
     chunk_rows = chunk_rows.to(tl.int64).to(tl.pointer_type(tl.int32))
     grads = grads.to(tl.int64).to(int64)
 
-    # 1. Gradients that overflowed: neither parameters, nor state, nor step counts move. Devices add up their flags.
-    overflow = False
-    if found_inf != 0:
-        overflow = tl.load(found_inf.to(numbers)) != 0.0
-    if not overflow:
-        scale = tl.full((), 1.0, T)
-        if grad_scale != 0:
-            scale = tl.load(grad_scale.to(numbers))
-        norm = tl.full((), 1.0, T)
-        max_norm = tl.full((), -1.0, T)
-        if grad_norm != 0:
-            norm = tl.load(grad_norm.to(numbers))
-            max_norm = tl.load(max_grad_norm.to(tl.int64).to(numbers))
+    # 1. Gradients that overflowed: neither parameters, nor state, nor step counts move.
+    if not read_overflow(found_inf, T):
+        scale, norm, max_norm = read_scaling(grad_scale, grad_norm, max_grad_norm, T)
 
         # 2. The programs share out the chunks.
         for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
@@ -165,19 +294,12 @@ def step_kernel(
                 index = chunk - tl.load(row + 9)
                 amsgrad = max_denom_address != 0
 
-                modes = integers.to(tl.int64).to(int64) + group * GROUP_INTEGERS
-                decay_mode = tl.load(modes + 2)
-                adam_eps = tl.load(modes + 3)
-                hyper = values.to(tl.int64).to(numbers) + group * GROUP_VALUES
-                lr = tl.load(hyper)
-                lr_address = tl.load(modes + 1)
-                if lr_address != 0:
-                    lr = tl.load(lr_address.to(numbers))
-                weight_decay = tl.load(hyper + 2)
-                factor = grad_factor(scale, norm, max_norm, tl.load(modes + 4))
-                correction = bias_correction(tl.load(modes), step, T)
-                step_size = divide(lr, correction)
-                decay = tl.where(decay_mode == L2_DECAY, weight_decay, lr * weight_decay)
+                trust_ratio = tl.full((), 1.0, T)
+                if trust_ratios != 0:
+                    trust_ratio = tl.load(trust_ratios.to(tl.pointer_type(T)) + tensor)
+                coefficients, decay_mode, adam_eps = read_coefficients(
+                    integers, values, group, step, scale, norm, max_norm, trust_ratio, False, T
+                )
 
                 # Chunks are cut where packets of 16 bytes begin: `shift` elements early in a tensor that begins within
                 # one. Where the operands begin at different places of a packet, all accesses are narrow.
@@ -207,28 +329,17 @@ def step_kernel(
                     weight_sum_address + start * state_bytes,
                     max_denom_address + start * state_bytes,
                 )
-                coefficients = (
-                    factor,
-                    tl.load(hyper + 3),  # alpha and 1 - alpha
-                    tl.load(hyper + 4),
-                    tl.load(hyper + 5),  # 1 - the upper and the lower bound of beta
-                    tl.load(hyper + 6),
-                    tl.load(hyper + 7),  # the first gradient's weight
-                    tl.load(hyper + 8),  # w is set to 1 this near to it
-                    tl.load(hyper + 1),  # eps
-                    step_size,
-                    decay,
-                )
                 all_modes = (decay_mode, adam_eps, amsgrad)
-                for first in range(0, end, BLOCK):
-                    if aligned & (first >= begin) & (first + BLOCK <= end):
-                        _step_block(
-                            operands, first, begin, end, coefficients, all_modes, LAPROP, T, PARAM, GRAD, BLOCK, True
-                        )
-                    else:
-                        _step_block(
-                            operands, first, begin, end, coefficients, all_modes, LAPROP, T, PARAM, GRAD, BLOCK, False
-                        )
+                sampled = False
+                if STATISTICS:
+                    sampled = _is_sampled(index)
+                if sampled:
+                    record = statistics + tl.cast(chunk, tl.int64) * (4 * RECORD)
+                    _step_and_tell(
+                        operands, begin, end, aligned, coefficients, all_modes, record, LAPROP, T, PARAM, GRAD, BLOCK
+                    )
+                else:
+                    _step_chunk(operands, begin, end, aligned, coefficients, all_modes, LAPROP, T, PARAM, GRAD, BLOCK)
 
         # 3. The last program to get here advances the step counts, when no other will read them any more. The barrier
         # has all threads of this one past their reading.

@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "cpu/kernels.h"
+#include "cpu/sums.h"
 #include "cpu/tensors.h"
 #include "operands.h"
 
@@ -23,26 +24,6 @@ struct Chunk {
   int64_t count;
 };
 
-// The chunks' sums, reduced by the rule that reduced each chunk.
-template <typename T>
-SumOfSquares<T> reduce(const std::vector<SumOfSquares<T>>& sums) {
-  std::vector<SumOfSquares<T>> lanes(kNormLanes, SumOfSquares<T>{0, 0, 0});
-  const auto add = [](SumOfSquares<T>& to, const SumOfSquares<T>& from) {
-    to.large += from.large;
-    to.medium += from.medium;
-    to.small += from.small;
-  };
-  for (size_t i = 0; i < sums.size(); ++i) {
-    add(lanes[i % kNormLanes], sums[i]);
-  }
-  for (int64_t stride = kNormLanes / 2; stride > 0; stride /= 2) {
-    for (int64_t lane = 0; lane < stride; ++lane) {
-      add(lanes[lane], lanes[lane + stride]);
-    }
-  }
-  return lanes[0];
-}
-
 template <typename T>
 T global_norm(const std::vector<Chunk>& chunks, int64_t total,
               SumOfSquares<T> (*sum_of_squares)(const void*, DType, int64_t)) {
@@ -54,7 +35,7 @@ T global_norm(const std::vector<Chunk>& chunks, int64_t total,
       sums[i] = sum_of_squares(chunks[i].data, chunks[i].dtype, chunks[i].count);
     }
   });
-  return root(reduce(sums));
+  return root(add_up(sums.data(), sums.size()));
 }
 
 Tensor grad_norm_cpu(std::vector<Tensor> grads) {

@@ -11,6 +11,7 @@
 #include "dtype.h"
 #include "maxva.h"
 #include "norm.h"
+#include "statistics.h"
 
 namespace maxva::cpu {
 
@@ -30,12 +31,17 @@ struct TensorStep {
   WeightDecay decay_mode;
   Coefficients<float> single;  // the one that belongs to the arithmetic is set
   Coefficients<double> twice;
+  StatisticsSums<float>* statistics;  // the record of its first chunk; null: none are taken
 };
 
 struct Kernels {
   const char* capability;
-  // Updates the elements begin <= i < end.
+  // Updates the elements begin <= i < end; where statistics are taken, these are whole chunks.
   void (*step)(const TensorStep& tensor, int64_t begin, int64_t end);
+  // Updates nothing and sums the squares of the elements begin <= i < end, one chunk, and of what a step would
+  // subtract.
+  UpdateSquares<float> (*update_squares)(const TensorStep& tensor, int64_t begin, int64_t end);
+  UpdateSquares<double> (*update_squares_double)(const TensorStep& tensor, int64_t begin, int64_t end);
   // Sums the squares of `count` elements (one chunk of a tensor) by the rule of norm.h.
   SumOfSquares<float> (*sum_of_squares)(const void* grad, DType dtype, int64_t count);
   SumOfSquares<double> (*sum_of_squares_double)(const void* grad, DType dtype, int64_t count);

@@ -18,7 +18,8 @@
 #include "cpu/kernels.inc"
 
 namespace maxva::cpu {
-extern const Kernels kKernelsAvx2{"AVX2", step, sum_of_squares<float>, sum_of_squares<double>};
+extern const Kernels kKernelsAvx2{
+    "AVX2", step, update_squares<float>, update_squares<double>, sum_of_squares<float>, sum_of_squares<double>};
 }
 
 #if defined(__clang__)

@@ -5,5 +5,6 @@
 #include "cpu/kernels.inc"
 
 namespace maxva::cpu {
-extern const Kernels kKernelsDefault{"DEFAULT", step, sum_of_squares<float>, sum_of_squares<double>};
+extern const Kernels kKernelsDefault{
+    "DEFAULT", step, update_squares<float>, update_squares<double>, sum_of_squares<float>, sum_of_squares<double>};
 }

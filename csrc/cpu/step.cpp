@@ -1,4 +1,4 @@
-// maxva::step_ for CPU tensors: one parallel walk over all elements of all tensors.
+// maxva::step_ for CPU tensors: one parallel walk over all elements of all tensors, to step them or to take norms.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/sums.h"
 #include "cpu/tensors.h"
 #include "operands.h"
 #include "step_arguments.h"
@@ -16,17 +17,21 @@ namespace {
 
 // Elements below which a thread is not worth waking.
 constexpr int64_t kGrain = 32768;
-// Threads divide a tensor at multiples of this, so that no two write to one cache line of an aligned tensor.
+// Threads divide a tensor at multiples of this, so that no two write to one cache line of an aligned tensor. Where
+// statistics are taken, they divide it by chunks.
 constexpr int64_t kSplit = 64;
 
 // All tensors of a step as one row of elements: tensors[i] has those from ends[i-1] to ends[i].
 struct Work {
   std::vector<TensorStep> tensors;
+  std::vector<size_t> params;  // of each its index in the lists: those without elements are left out
   std::vector<int64_t> ends;
   std::vector<FlatOperands> operands;
+  int64_t split;
 
-  explicit Work(size_t count) {
+  Work(size_t count, int64_t split) : split(split) {
     tensors.reserve(count);
+    params.reserve(count);
     ends.reserve(count);
     operands.reserve(count);
   }
@@ -42,7 +47,7 @@ struct Work {
       if (start >= end) {
         break;
       }
-      const auto snap = [&](int64_t at) { return at >= ends[i] ? ends[i] - start : (at - start) / kSplit * kSplit; };
+      const auto snap = [&](int64_t at) { return at >= ends[i] ? ends[i] - start : (at - start) / split * split; };
       const int64_t from = begin <= start ? 0 : snap(begin), to = snap(end);
       if (from < to) {
         step(tensors[i], from, to);
@@ -51,50 +56,100 @@ struct Work {
   }
 };
 
-// Advances every tensor's step count and lists the work.
+// Lists the work and, unless it is to take norms, advances every tensor's step count.
 Work prepare(const StepArguments& a) {
   const double scale = a.grad_scale ? scalar_value(*a.grad_scale, "grad_scale") : 1;
   const double norm = a.grad_norm ? scalar_value(*a.grad_norm, "grad_norm") : 0;
   const double max_norm = a.grad_norm ? a.max_grad_norm : -1;
+  const double* ratios = a.trust_ratios ? static_cast<const double*>(a.trust_ratios->const_data_ptr()) : nullptr;
+  auto* statistics = a.statistics ? static_cast<StatisticsSums<float>*>(a.statistics->mutable_data_ptr()) : nullptr;
 
-  Work work(a.params.size());
+  Work work(a.params.size(), statistics == nullptr ? kSplit : kStepChunk);
   size_t next_max = 0;
   for (size_t g = 0, i = 0; g < a.group_sizes.size(); ++g) {
-    const auto single = a.hyperparameters<float>(g);
-    const auto twice = a.hyperparameters<double>(g);
+    auto single = a.hyperparameters<float>(g);
+    auto twice = a.hyperparameters<double>(g);
+    const float rate = single.lr;
+    const double rate_twice = twice.lr;
     const float factor = grad_factor(float(scale), float(norm), float(max_norm), a.maximize[g] != 0);
     const double factor_twice = grad_factor(scale, norm, max_norm, a.maximize[g] != 0);
     for (const size_t end = i + a.group_sizes[g]; i < end; ++i) {
       const Tensor* max_denom = a.amsgrad[g] ? &a.max_denoms[next_max++] : nullptr;
-      const int64_t step = ++*static_cast<int64_t*>(a.steps[i].mutable_data_ptr());
+      const int64_t step = *static_cast<const int64_t*>(a.steps[i].const_data_ptr()) + 1;
+      if (!a.update_norms) {
+        *static_cast<int64_t*>(a.steps[i].mutable_data_ptr()) = step;
+      }
       const int64_t count = a.params[i].numel();
       if (count == 0) {
         continue;
       }
       FlatOperands& flat = work.operands.emplace_back(a.params[i]);
+      const bool written = !a.update_norms;
       TensorStep t{};
-      t.param = flat.data(a.params[i], true);
+      t.param = flat.data(a.params[i], written);
       t.grad = flat.data(a.grads[i], false);
-      t.exp_avg = flat.data(a.exp_avgs[i], true);
-      t.grad_mean = flat.data(a.grad_means[i], true);
-      t.grad_var = flat.data(a.grad_vars[i], true);
-      t.weight_sum = flat.data(a.weight_sums[i], true);
-      t.max_denom = max_denom == nullptr ? nullptr : flat.data(*max_denom, true);
+      t.exp_avg = flat.data(a.exp_avgs[i], written);
+      t.grad_mean = flat.data(a.grad_means[i], written);
+      t.grad_var = flat.data(a.grad_vars[i], written);
+      t.weight_sum = flat.data(a.weight_sums[i], written);
+      t.max_denom = max_denom == nullptr ? nullptr : flat.data(*max_denom, written);
       t.param_dtype = dtype_of(a.params[i]);
       t.grad_dtype = dtype_of(a.grads[i]);
       t.algorithm = a.laprop ? Algorithm::kLaMAdam : Algorithm::kMAdam;
       t.eps_mode = a.adam_eps[g] ? EpsMode::kAdam : EpsMode::kPaper;
       t.decay_mode = single.decay_mode;
+      const double ratio = ratios == nullptr ? 1 : ratios[i];
       if (t.param_dtype == DType::kDouble) {
+        twice.lr = a.update_norms ? 1 : rate_twice * ratio;
         t.twice = make_coefficients(twice, step, factor_twice);
       } else {
+        single.lr = a.update_norms ? 1 : rate * float(ratio);
         t.single = make_coefficients(single, step, factor);
       }
+      t.statistics = statistics;
+      statistics += statistics == nullptr ? 0 : chunks_of(count);
       work.tensors.push_back(t);
+      work.params.push_back(i);
       work.ends.push_back(work.total() + count);
     }
   }
   return work;
+}
+
+// Takes the norm of each tensor and of its update: chunks side by side, then each tensor's chunks in order.
+template <typename T>
+void take_norms(const Work& work, UpdateSquares<T> (*squares_of)(const TensorStep&, int64_t, int64_t), bool twice,
+                double* norms) {
+  struct Chunk {
+    const TensorStep* tensor;
+    int64_t begin, end;
+  };
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < work.tensors.size(); ++i) {
+    const int64_t count = work.ends[i] - (i == 0 ? 0 : work.ends[i - 1]);
+    const bool is_twice = work.tensors[i].param_dtype == DType::kDouble;
+    for (int64_t begin = 0; begin < count && is_twice == twice; begin += kStepChunk) {
+      chunks.push_back({&work.tensors[i], begin, std::min(begin + kStepChunk, count)});
+    }
+  }
+  std::vector<SumOfSquares<T>> params(chunks.size()), updates(chunks.size());
+  const auto take = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const auto squares = squares_of(*chunks[i].tensor, chunks[i].begin, chunks[i].end);
+      params[i] = squares.param;
+      updates[i] = squares.update;
+    }
+  };
+  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), kGrain / kStepChunk, take);
+  for (size_t from = 0, to = 0; from < chunks.size(); from = to) {
+    const TensorStep* tensor = chunks[from].tensor;
+    while (to < chunks.size() && chunks[to].tensor == tensor) {
+      ++to;
+    }
+    double* norm = norms + 2 * work.params[tensor - work.tensors.data()];
+    norm[0] = root(add_up(params.data() + from, to - from));
+    norm[1] = root(add_up(updates.data() + from, to - from));
+  }
 }
 
 void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
@@ -104,7 +159,8 @@ void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
           std::vector<double> beta2_init, std::vector<double> eps, std::vector<double> weight_decay,
           std::vector<int64_t> decoupled_weight_decay, std::vector<int64_t> amsgrad, std::vector<int64_t> maximize,
           std::vector<int64_t> adam_eps, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-          std::optional<Tensor> grad_norm, double max_grad_norm) {
+          std::optional<Tensor> grad_norm, double max_grad_norm, std::optional<Tensor> trust_ratios,
+          std::optional<Tensor> statistics, std::optional<Tensor> update_norms) {
   const StepArguments arguments{std::move(params),      std::move(grads),        std::move(exp_avgs),
                                 std::move(grad_means),  std::move(grad_vars),    std::move(weight_sums),
                                 std::move(max_denoms),  std::move(steps),        laprop,
@@ -113,12 +169,19 @@ void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
                                 std::move(eps),         std::move(weight_decay), std::move(decoupled_weight_decay),
                                 std::move(amsgrad),     std::move(maximize),     std::move(adam_eps),
                                 std::move(grad_scale),  std::move(found_inf),    std::move(grad_norm),
-                                max_grad_norm};
+                                max_grad_norm,          std::move(trust_ratios), std::move(statistics),
+                                std::move(update_norms)};
   arguments.check();
   if (arguments.found_inf && scalar_value(*arguments.found_inf, "found_inf") != 0) {
     return;  // the gradients overflowed: neither parameters, nor state, nor step counts move
   }
   Work work = prepare(arguments);
+  if (arguments.update_norms) {
+    auto* norms = static_cast<double*>(arguments.update_norms->mutable_data_ptr());
+    take_norms(work, kernels().update_squares, false, norms);
+    take_norms(work, kernels().update_squares_double, true, norms);
+    return;
+  }
   torch::stable::parallel_for(0, work.total(), kGrain, [&](int64_t begin, int64_t end) { work.walk(begin, end); });
   for (FlatOperands& operands : work.operands) {
     operands.write_back();

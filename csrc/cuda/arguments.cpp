@@ -22,6 +22,8 @@ void fill_grads(const void** to, const uint64_t* grads, int64_t tensors) {
 template <typename T>
 void fill(StepLaunch<T>& launch, const StepInput& input) {
   MAXVA_CHECK(input.group_count <= kMaxGroups, input.group_count, " groups for one launch, which takes ", kMaxGroups);
+  launch.param_dtype = static_cast<DType>(input.param_dtype);
+  launch.grad_dtype = static_cast<DType>(input.grad_dtype);
   launch.rows = pointer<const StepRow>(input.rows);
   launch.chunk_rows = pointer<const int32_t>(input.chunk_rows);
   launch.chunks = input.chunks;
@@ -29,6 +31,10 @@ void fill(StepLaunch<T>& launch, const StepInput& input) {
   launch.grad_scale = pointer<const T>(input.grad_scale);
   launch.found_inf = pointer<const T>(input.found_inf);
   launch.grad_norm = pointer<const T>(input.grad_norm);
+  launch.trust_ratios = pointer<const T>(input.trust_ratios);
+  launch.statistics = pointer<StatisticsSums<float>>(input.statistics);
+  launch.squares = pointer<UpdateSquares<T>>(input.squares);
+  launch.norms = pointer<T>(input.norms);
   launch.max_grad_norm = static_cast<T>(input.max_grad_norm);
   launch.tensors = static_cast<int32_t>(input.tensors);
   for (int64_t i = 0; i < input.group_count; ++i) {

@@ -2,6 +2,7 @@
 // the chunks. No atomics: which block takes which chunk changes nothing.
 #pragma once
 
+#include "cuda/lanes.cuh"
 #include "cuda/launch.h"
 #include "cuda/packet.cuh"
 #include "float16.h"
@@ -15,30 +16,6 @@ constexpr int kNormTotalThreads = 1024;
 // Packets that a thread has under way at once.
 constexpr int kNormAhead = 4;
 static_assert(kNormChunk / kNormLanes % kNormAhead == 0);
-
-template <typename T>
-struct Lanes {
-  T large[kNormLanes], medium[kNormLanes], small[kNormLanes];
-
-  __device__ __forceinline__ void set(int lane, T a, T b, T c) {
-    large[lane] = a;
-    medium[lane] = b;
-    small[lane] = c;
-  }
-
-  // Adds the lanes pairwise. All threads of the block take part; thread 0 may then read the sum.
-  __device__ __forceinline__ void add_up(int threads) {
-    for (int stride = kNormLanes / 2; stride > 0; stride /= 2) {
-      __syncthreads();
-      for (int lane = threadIdx.x; lane < stride; lane += threads) {
-        set(lane, large[lane] + large[lane + stride], medium[lane] + medium[lane + stride],
-            small[lane] + small[lane + stride]);
-      }
-    }
-  }
-
-  __device__ __forceinline__ SumOfSquares<T> sum() const { return {large[0], medium[0], small[0]}; }
-};
 
 template <typename T, typename Grad>
 __global__ void __launch_bounds__(kNormThreads<Grad>) norm_chunks_kernel(const __grid_constant__ NormLaunch<T> launch) {

@@ -14,6 +14,7 @@
 #include "dtype.h"
 #include "maxva.h"
 #include "norm.h"
+#include "statistics.h"
 
 namespace maxva::cuda {
 
@@ -21,9 +22,9 @@ constexpr size_t kMaxLaunchBytes = 32764;
 constexpr int kMaxTensors = 2900;  // of one launch
 constexpr int kMaxGroups = 64;
 
-// Elements of a step that a block takes at a time: a multiple of what its threads load at once, whatever the dtypes.
-constexpr int64_t kStepChunk = 8192;
 constexpr int kStepThreads = 256;
+constexpr int kUpdateThreads = 256;
+constexpr int kUpdateTotalThreads = kNormLanes;
 
 // One parameter in the table.
 struct StepRow {
@@ -53,12 +54,17 @@ struct StepLaunch {
   const StepRow* rows;
   const int32_t* chunk_rows;  // for each chunk its row
   int64_t chunks;
-  unsigned* ticket;     // counts the blocks that are done; 0 between launches
-  const T* grad_scale;  // null: 1
-  const T* found_inf;   // null: 0
-  const T* grad_norm;   // null: no clip
+  unsigned* ticket;                   // counts the blocks that are done; 0 between launches
+  const T* grad_scale;                // null: 1
+  const T* found_inf;                 // null: 0
+  const T* grad_norm;                 // null: no clip
+  const T* trust_ratios;              // for each row what its learning rate is multiplied by; null: 1
+  StatisticsSums<float>* statistics;  // for each chunk; null: none are taken
+  UpdateSquares<T>* squares;          // for each chunk, where the kernels of update_norm.cuh
+  T* norms;                           // leave two for each row, the parameter's and its update's
   T max_grad_norm;
   int32_t tensors;
+  DType param_dtype, grad_dtype;  // for kernels that are not compiled for each
   StepGroup<T> groups[kMaxGroups];
   const void* grads[kMaxTensors];  // for each row; null: no gradient this time, the tensor is left alone
 };

@@ -103,27 +103,63 @@ PyObject* guarded(Body body) {
   Py_RETURN_NONE;
 }
 
-PyObject* step(PyObject*, PyObject* launched) {
-  int device, param, grad, laprop;
-  unsigned long long stream, rows, chunk_rows, ticket, grad_scale, found_inf, grad_norm;
-  long long chunks;
-  double max_grad_norm;
-  PyObject *groups, *grads;
-  if (!PyArg_ParseTuple(launched, "iKiipKKLKSSKKKd", &device, &stream, &param, &grad, &laprop, &rows, &chunk_rows,
-                        &chunks, &ticket, &groups, &grads, &grad_scale, &found_inf, &grad_norm, &max_grad_norm)) {
-    return nullptr;
-  }
-  return guarded([&] {
-    StepInput input{rows, chunk_rows, chunks, ticket, grad_scale, found_inf, grad_norm, max_grad_norm};
+// A maxva_kernels.gpu.StepLaunch.
+struct ParsedStep {
+  int device, laprop;
+  unsigned long long stream;
+  StepInput input;
+
+  bool parse(PyObject* launched) {
+    int param, grad;
+    unsigned long long rows, chunk_rows, ticket, grad_scale, found_inf, grad_norm, trust_ratios, statistics, squares,
+        norms;
+    long long chunks;
+    double max_grad_norm;
+    PyObject *groups, *grads;
+    if (!PyArg_ParseTuple(launched, "iKiipKKLKSSKKKKKKKd", &device, &stream, &param, &grad, &laprop, &rows, &chunk_rows,
+                          &chunks, &ticket, &groups, &grads, &grad_scale, &found_inf, &grad_norm, &trust_ratios,
+                          &statistics, &squares, &norms, &max_grad_norm)) {
+      return false;
+    }
+    input = {param,     grad,      rows,         chunk_rows, chunks,  ticket, grad_scale,
+             found_inf, grad_norm, trust_ratios, statistics, squares, norms,  max_grad_norm};
     input.groups = items_of<PackedGroup>(groups, input.group_count);
     input.grads = items_of<uint64_t>(grads, input.tensors);
-    const Kernel kernel = step_kernel_for(static_cast<DType>(param), static_cast<DType>(grad),
-                                          laprop ? Algorithm::kLaMAdam : Algorithm::kMAdam);
-    if (static_cast<DType>(param) == DType::kDouble) {
+    return true;
+  }
+
+  DType param() const { return static_cast<DType>(input.param_dtype); }
+  Algorithm algorithm() const { return laprop ? Algorithm::kLaMAdam : Algorithm::kMAdam; }
+
+  void launch(const Kernel& kernel) const {
+    if (param() == DType::kDouble) {
       launch_over_chunks<StepLaunch<double>>(kernel, input, device, stream);
     } else {
       launch_over_chunks<StepLaunch<float>>(kernel, input, device, stream);
     }
+  }
+};
+
+PyObject* step(PyObject*, PyObject* launched) {
+  ParsedStep parsed;
+  if (!parsed.parse(launched)) {
+    return nullptr;
+  }
+  return guarded([&] {
+    const DType grad = static_cast<DType>(parsed.input.grad_dtype);
+    parsed.launch(step_kernel_for(parsed.param(), grad, parsed.algorithm(), parsed.input.statistics != 0));
+  });
+}
+
+PyObject* update_norms(PyObject*, PyObject* launched) {
+  ParsedStep parsed;
+  if (!parsed.parse(launched)) {
+    return nullptr;
+  }
+  return guarded([&] {
+    const bool twice = parsed.param() == DType::kDouble;
+    parsed.launch(update_chunks_kernel_for(twice, parsed.algorithm()));
+    parsed.launch(update_total_kernel_for(twice));
   });
 }
 
@@ -169,12 +205,14 @@ PyObject* probe(PyObject*, PyObject* args) {
   }
   return guarded([&] {
     const DeviceGuard guard(device);
-    resident_blocks(step_kernel_for(DType::kFloat, DType::kFloat, Algorithm::kMAdam), device);
+    resident_blocks(step_kernel_for(DType::kFloat, DType::kFloat, Algorithm::kMAdam, false), device);
   });
 }
 
 PyMethodDef methods[] = {
     {"step", step, METH_O, "step(launch)\n\nLaunches one step, given as a maxva_kernels.gpu.StepLaunch."},
+    {"update_norms", update_norms, METH_O,
+     "update_norms(launch)\n\nLaunches the norms of parameters and updates, given as a maxva_kernels.gpu.StepLaunch."},
     {"norm_chunks", norm_chunks, METH_O,
      "norm_chunks(launch)\n\nLaunches the sums of squares of chunks, given as a NormLaunch."},
     {"norm_total", norm_total, METH_O,
@@ -192,7 +230,7 @@ PyMODINIT_FUNC PyInit__C_cuda(void) {
   if (module != nullptr) {
     PyModule_AddIntConstant(module, "MAX_TENSORS", maxva::cuda::kMaxTensors);
     PyModule_AddIntConstant(module, "MAX_GROUPS", maxva::cuda::kMaxGroups);
-    PyModule_AddIntConstant(module, "STEP_CHUNK", maxva::cuda::kStepChunk);
+    PyModule_AddIntConstant(module, "STEP_CHUNK", maxva::kStepChunk);
     PyModule_AddIntConstant(module, "NORM_CHUNK", maxva::kNormChunk);
   }
   return module;

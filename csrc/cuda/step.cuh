@@ -73,10 +73,36 @@ struct Place {
   }
 };
 
-// Steps one chunk of one tensor.
-template <Algorithm kAlgorithm, typename T, typename Param, typename Grad>
-__device__ __forceinline__ void step_chunk(const StepRow& row, const Grad* grad, int64_t chunk,
-                                           const Coefficients<T>& coefficients, const Modes modes) {
+// Adds up the threads' sums pairwise and has one write the record. All threads of the block take part.
+template <typename T>
+__device__ __forceinline__ void write_record(const StatisticsSums<T>& own, StatisticsSums<float>* record) {
+  __shared__ T sums[5][kStepThreads];
+  const int thread = threadIdx.x;
+  __syncthreads();  // the last chunk's record has been read
+  sums[0][thread] = own.adaptive;
+  sums[1][thread] = own.one_minus_beta;
+  sums[2][thread] = own.at_upper;
+  sums[3][thread] = own.at_lower;
+  sums[4][thread] = own.grad_square;
+  for (int stride = kStepThreads / 2; stride > 0; stride /= 2) {
+    __syncthreads();
+    if (thread < stride) {
+#pragma unroll
+      for (int i = 0; i < 5; ++i) {
+        sums[i][thread] += sums[i][thread + stride];
+      }
+    }
+  }
+  if (thread == 0) {
+    *in_global_memory(record) = {float(own.count),  float(sums[0][0]), float(sums[1][0]),
+                                 float(sums[2][0]), float(sums[3][0]), float(sums[4][0])};
+  }
+}
+
+// Steps one chunk of one tensor. With kStatistics it tells what this thread did there.
+template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, bool kStatistics>
+__device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, const Grad* grad, int64_t chunk,
+                                                        const Coefficients<T>& coefficients, const Modes modes) {
   constexpr bool kNarrowParam = sizeof(Param) <= sizeof(Grad);
   constexpr int kWidth = kNarrowParam ? kPerPacket<Param> : kPerPacket<Grad>;
   constexpr int kSlice = kPerPacket<T>;  // as many at a time need their state in registers
@@ -106,6 +132,7 @@ __device__ __forceinline__ void step_chunk(const StepRow& row, const Grad* grad,
   at.begin = chunk == 0 ? shift : 0;
   at.end = is_last ? int(row.numel - start) : int(kStepChunk);
   at.spacing = packets ? 1 : kStepThreads;
+  StatisticsSums<T> sums{};
   for (at.first = threadIdx.x * (packets ? kWidth : 1); at.first < at.end; at.first += kStepThreads * kWidth) {
     at.whole = packets && at.first >= at.begin && at.first + kWidth <= at.end;
 
@@ -128,10 +155,16 @@ __device__ __forceinline__ void step_chunk(const StepRow& row, const Grad* grad,
       // 3. Update.
 #pragma unroll
       for (int k = 0; k < kSlice; ++k) {
-        T value = widen<T>(param[from + k]);
-        update<kAlgorithm>(value, widen<T>(gradient[from + k]), exp_avg[k], grad_mean[k], grad_var[k], weight_sum[k],
-                           max_denom[k], coefficients, modes);
-        convert(value, param[from + k]);
+        const T value = widen<T>(param[from + k]);
+        const Update<T> to = update<kAlgorithm>(value, widen<T>(gradient[from + k]), exp_avg[k], grad_mean[k],
+                                                grad_var[k], weight_sum[k], max_denom[k], coefficients, modes);
+        convert(value - to.change, param[from + k]);
+        if constexpr (kStatistics) {
+          if (at.whole || at.find(from + k) >= 0) {
+            add_statistics(to, coefficients, sums.adaptive, sums.one_minus_beta, sums.at_upper, sums.at_lower,
+                           sums.grad_square);
+          }
+        }
       }
 
       // 4. Store.
@@ -145,18 +178,24 @@ __device__ __forceinline__ void step_chunk(const StepRow& row, const Grad* grad,
     }
     at.store(param, 0, params);
   }
+  sums.count = at.end - at.begin;
+  return sums;
 }
 
 // What a tensor's elements share. The gradient's factor and the step count are read here, on the device, so that no
 // host waits for them and a captured graph sees their values of the day.
 template <typename T>
-__device__ Coefficients<T> read_coefficients(const StepLaunch<T>& launch, const StepGroup<T>& group, int64_t step) {
+__device__ Coefficients<T> read_coefficients(const StepLaunch<T>& launch, const StepGroup<T>& group, int tensor,
+                                             int64_t step) {
   const T scale = launch.grad_scale != nullptr ? *launch.grad_scale : T(1);
   const T norm = launch.grad_norm != nullptr ? *launch.grad_norm : T(0);
   const T max_norm = launch.grad_norm != nullptr ? launch.max_grad_norm : T(-1);
   Hyperparameters<T> hyper = group.hyper;
   if (group.lr != nullptr) {
     hyper.lr = *group.lr;
+  }
+  if (launch.trust_ratios != nullptr) {
+    hyper.lr = hyper.lr * launch.trust_ratios[tensor];
   }
   return make_coefficients(hyper, step, grad_factor(scale, norm, max_norm, group.maximize));
 }
@@ -183,7 +222,9 @@ __device__ void advance_steps(const StepLaunch<T>& launch) {
   }
 }
 
-template <Algorithm kAlgorithm, typename T, typename Param, typename Grad>
+// Statistics are a template parameter because those who take none should not pay for their registers. With them all
+// chunks are added up, which costs no time in a kernel that waits for memory, and those of the sample written.
+template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, bool kStatistics>
 __global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, Param, Grad>)
     step_kernel(const __grid_constant__ StepLaunch<T> launch) {
   // 1. Gradients that overflowed: neither parameters, nor state, nor step counts move. Devices add up their flags.
@@ -202,33 +243,43 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, Param, Grad>)
     const StepGroup<T>& group = launch.groups[row.group];
     __syncthreads();  // the last chunk's coefficients are no longer read
     if (threadIdx.x == 0) {
-      shared = read_coefficients(launch, group, *in_global_memory(row.step) + 1);
+      shared = read_coefficients(launch, group, tensor, *in_global_memory(row.step) + 1);
     }
     __syncthreads();
     const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr};
-    step_chunk<kAlgorithm, T, Param, Grad>(row, grad, chunk - row.first_chunk, shared,
-                                           modes);  // read there, not copied: registers are scarce
+    const int64_t index = chunk - row.first_chunk;
+    // `shared` is read there, not copied: registers are scarce.
+    const StatisticsSums<T> sums = step_chunk<kAlgorithm, T, Param, Grad, kStatistics>(row, grad, index, shared, modes);
+    if constexpr (kStatistics) {
+      if (is_sampled(index)) {
+        write_record(sums, launch.statistics + chunk);
+      }
+    }
   }
   // 3. Count the step.
   advance_steps(launch);
 }
 
 // The kernel of a parameter's dtype: each line fixes one thing more.
+template <Algorithm kAlgorithm, typename T, typename Param, typename Grad>
+const void* select_statistics(bool statistics) {
+  return statistics ? reinterpret_cast<const void*>(&step_kernel<kAlgorithm, T, Param, Grad, true>)
+                    : reinterpret_cast<const void*>(&step_kernel<kAlgorithm, T, Param, Grad, false>);
+}
 template <typename T, typename Param, typename Grad>
-const void* select_algorithm(Algorithm algorithm) {
-  return algorithm == Algorithm::kMAdam
-             ? reinterpret_cast<const void*>(&step_kernel<Algorithm::kMAdam, T, Param, Grad>)
-             : reinterpret_cast<const void*>(&step_kernel<Algorithm::kLaMAdam, T, Param, Grad>);
+const void* select_algorithm(Algorithm algorithm, bool statistics) {
+  return algorithm == Algorithm::kMAdam ? select_statistics<Algorithm::kMAdam, T, Param, Grad>(statistics)
+                                        : select_statistics<Algorithm::kLaMAdam, T, Param, Grad>(statistics);
 }
 template <typename Param>
-const void* select_grad(DType grad, Algorithm algorithm) {
+const void* select_grad(DType grad, Algorithm algorithm, bool statistics) {
   switch (grad) {
     case DType::kFloat:
-      return select_algorithm<float, Param, float>(algorithm);
+      return select_algorithm<float, Param, float>(algorithm, statistics);
     case DType::kHalf:
-      return select_algorithm<float, Param, Half>(algorithm);
+      return select_algorithm<float, Param, Half>(algorithm, statistics);
     case DType::kBFloat16:
-      return select_algorithm<float, Param, BFloat16>(algorithm);
+      return select_algorithm<float, Param, BFloat16>(algorithm, statistics);
     case DType::kDouble:
       break;
   }

@@ -4,8 +4,8 @@
 
 namespace maxva::cuda {
 
-const void* step_kernel_bfloat16(DType grad, Algorithm algorithm) {
-  return select_grad<BFloat16>(grad, algorithm);
+const void* step_kernel_bfloat16(DType grad, Algorithm algorithm, bool statistics) {
+  return select_grad<BFloat16>(grad, algorithm, statistics);
 }
 
 }  // namespace maxva::cuda

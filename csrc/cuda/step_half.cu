@@ -4,8 +4,8 @@
 
 namespace maxva::cuda {
 
-const void* step_kernel_half(DType grad, Algorithm algorithm) {
-  return select_grad<Half>(grad, algorithm);
+const void* step_kernel_half(DType grad, Algorithm algorithm, bool statistics) {
+  return select_grad<Half>(grad, algorithm, statistics);
 }
 
 }  // namespace maxva::cuda

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _ops, build_record, checks
 from ..groups import Group, Scaling, joined, with_gradients
+from ..statistics import Recorder
 
 NAME = "cpu"
 
@@ -32,10 +33,18 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
         raise
 
 
-def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
+def update_norms(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Tensor:
+    try:
+        return _ops.call_update_norms(groups, laprop, scaling)
+    except NotImplementedError:  # as below
+        checks.check_groups(groups)
+        raise
+
+
+def step(groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Recorder | None = None) -> None:
     groups = with_gradients(groups)
     try:
-        _ops.call_step(groups, laprop, scaling)
+        _ops.call_step(groups, laprop, scaling, recorder=recorder)
     except NotImplementedError:  # from the dispatcher, whose message names no tensor
         checks.check_groups(groups)
         raise

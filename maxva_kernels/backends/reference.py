@@ -11,8 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import checks, reference
+from .. import checks, layouts, reference
 from ..groups import Group, Scaling, with_gradients
+from ..statistics import CHUNK, FIELDS, Recorder, is_sampled
 
 NAME = "reference"
 
@@ -31,35 +32,87 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     return torch.where(finite, norm.clamp(max=torch.finfo(dtype).max), norm).to(dtype)
 
 
-def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
+def step(groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Recorder | None = None) -> None:
     groups = with_gradients(groups)
     checks.check_groups(groups)
     checks.check_scaling(scaling)
     if scaling.found_inf is not None and scaling.found_inf.item() != 0:
         return
-    factor = _grad_factor(scaling)
-    for hyper, tensors in groups:
-        if isinstance(hyper.lr, Tensor):  # of any shape with one element, and of any dtype
-            hyper = replace(hyper, lr=hyper.lr.double().reshape(()))
-        for i, (param, grad) in enumerate(zip(tensors.params, tensors.grads, strict=True)):
-            assert grad is not None
+    for count, group in enumerate(groups):
+        before = sum(len(other.tensors.params) for other in groups[:count])
+        tensors = group.tensors
+        for i, param in enumerate(tensors.params):
+            ratio = 1.0 if scaling.trust_ratios is None else scaling.trust_ratios[before + i].to(param.device)
+            after = _advance(group, i, laprop, scaling, ratio)
             tensors.steps[i] += 1
+            if recorder is not None:
+                _record(recorder, group, i, after, scaling)
+            param.copy_(after.theta)
             moments = (tensors.exp_avgs[i], tensors.grad_means[i], tensors.grad_vars[i], tensors.weight_sums[i])
-            max_denom = tensors.max_denoms[i] if hyper.amsgrad else None
-            theta, state, new_max = reference.step(
-                param.double(),
-                grad.double() * factor,
-                reference.to_paper(*moments, torch.float64),
-                int(tensors.steps[i]),
-                hyper,
-                laprop=laprop,
-                max_denom=None if max_denom is None else max_denom.double(),
-            )
-            param.copy_(theta)
-            for moment, value in zip(moments, reference.from_paper(state), strict=True):
+            for moment, value in zip(moments, reference.from_paper(after.state), strict=True):
                 moment.copy_(_flush_subnormal(value, moment.dtype))
-            if max_denom is not None and new_max is not None:
-                max_denom.copy_(new_max)
+            if after.max_denom is not None:
+                tensors.max_denoms[i].copy_(after.max_denom)
+
+
+def update_norms(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Tensor:
+    checks.check_groups(groups)
+    checks.check_scaling(scaling)
+    norms = []
+    for group in groups:
+        hyper = replace(group.hyper, lr=1.0)
+        for i, param in enumerate(group.tensors.params):
+            after = _advance(group._replace(hyper=hyper), i, laprop, scaling)
+            theta, change = param.double(), after.adaptive
+            if hyper.decoupled_weight_decay:
+                change = change + hyper.weight_decay * theta
+            norms.append(torch.stack([torch.linalg.vector_norm(theta), torch.linalg.vector_norm(change)]))
+    return torch.stack(norms)
+
+
+def _advance(group: Group, i: int, laprop: bool, scaling: Scaling, trust_ratio: float | Tensor = 1.0) -> reference.Step:
+    """The next step of parameter ``i`` of a group, in float64."""
+    tensors, lr = group.tensors, group.hyper.lr
+    if isinstance(lr, Tensor):  # of any shape with one element, and of any dtype
+        lr = lr.double().reshape(())
+    grad = tensors.grads[i]
+    assert grad is not None
+    moments = (tensors.exp_avgs[i], tensors.grad_means[i], tensors.grad_vars[i], tensors.weight_sums[i])
+    return reference.advance(
+        tensors.params[i].double(),
+        grad.double() * _grad_factor(scaling),
+        reference.to_paper(*moments, torch.float64),
+        int(tensors.steps[i]) + 1,
+        replace(group.hyper, lr=lr * trust_ratio),
+        laprop=laprop,
+        max_denom=tensors.max_denoms[i].double() if group.hyper.amsgrad else None,
+    )
+
+
+def _record(recorder: Recorder, group: Group, i: int, after: reference.Step, scaling: Scaling) -> None:
+    """Writes the statistics of parameter ``i`` of a group, chunk by chunk."""
+    param, grad = group.tensors.params[i], group.tensors.grads[i]
+    assert grad is not None
+    lower, upper = group.hyper.beta2_range
+    of_each = torch.stack(
+        [
+            torch.ones_like(after.beta),
+            after.adaptive.abs(),
+            1 - after.beta,
+            (after.beta == upper).double(),
+            (after.beta == lower).double(),
+            (grad.double() * _grad_factor(scaling)).square(),
+        ],
+        dim=-1,
+    )
+    strides = layouts.dense_strides(param)
+    in_memory = of_each.new_empty_strided((*param.shape, len(FIELDS)), (*(len(FIELDS) * s for s in strides), 1))
+    in_memory.copy_(of_each)
+    rows = in_memory.as_strided((param.numel(), len(FIELDS)), (len(FIELDS), 1))
+    records = recorder.table([(group.number, param.numel())], param.device)
+    for chunk, (record, its) in enumerate(zip(records, rows.split(CHUNK), strict=False)):
+        if is_sampled(chunk):
+            record.copy_(its.sum(0))
 
 
 def _grad_factor(scaling: Scaling) -> float | Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..groups import Group, Scaling
+from ..statistics import Recorder
 from . import cpu, cuda, reference, triton
 
 
@@ -19,7 +20,11 @@ class Backend(Protocol):
 
     def why_not(self, device: torch.device) -> str | None: ...
 
-    def step(self, groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None: ...
+    def step(
+        self, groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Recorder | None = None
+    ) -> None: ...
+
+    def update_norms(self, groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Tensor: ...
 
     def grad_norm(self, grads: list[Tensor]) -> Tensor: ...
 

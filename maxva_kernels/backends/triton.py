@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _ops, gpu
 from ..groups import Group, Scaling, with_gradients
+from ..statistics import Recorder
 
 NAME = "triton"
 
@@ -50,8 +51,14 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     return gpu.grad_norm(_launcher(), grads)
 
 
-def step(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> None:
+def update_norms(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Tensor:
     if torch.compiler.is_compiling():
-        _ops.call_step(with_gradients(groups), laprop, scaling)
+        return _ops.call_update_norms(groups, laprop, scaling)
+    return gpu.update_norms(_launcher(), groups, laprop, scaling)
+
+
+def step(groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Recorder | None = None) -> None:
+    if torch.compiler.is_compiling():
+        _ops.call_step(with_gradients(groups), laprop, scaling, recorder=recorder)
     else:
-        gpu.step(_launcher(), groups, laprop, scaling)
+        gpu.step(_launcher(), groups, laprop, scaling, recorder)

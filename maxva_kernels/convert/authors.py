@@ -29,7 +29,7 @@ def from_authors(state_dict: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: it is not theirs (the message names its keys), its tensors do not belong together, or it uses what
-            this package does not have: nesterov, lamb, share_beta, a moment_warmup that is not over.
+            this package does not have: nesterov, share_beta, lamb beside L2 decay, a moment_warmup that is not over.
     """
     source = source_of(state_dict, AUTHORS_MADAM, AUTHORS_LAMADAM)
     return convert_groups(state_dict, _from_madam if source is AUTHORS_MADAM else _from_lamadam)
@@ -49,7 +49,8 @@ def to_authors(state_dict: dict[str, Any], *, fairseq: bool = False) -> dict[str
 
     Raises:
         ValueError: it is not ours (the message names its keys), or it uses what their code does not have: maximize,
-            AMSGrad in LaMAdam or in fairseq, a learning rate of 0 in LaMAdam.
+            AMSGrad in LaMAdam or in fairseq, a learning rate of 0 in LaMAdam, trust_ratio in LaMAdam, in fairseq or
+            without decoupled weight decay.
     """
     source_of(state_dict, OURS)
     convert = _to_lamadam if state_dict["param_groups"][0]["algorithm"] == "LaMAdam" else _to_madam
@@ -72,7 +73,10 @@ def _refuse(where: str, group: Group, *options: str) -> None:
 
 
 def _from_madam(where: str, group: Group, states: States) -> tuple[Group, States]:
-    _refuse(where, group, "nesterov", "lamb", "share_beta")
+    _refuse(where, group, "nesterov", "share_beta")
+    trust_ratio = bool(group.get("lamb")) and group["weight_decay"] > 0  # theirs is 1 where nothing decays
+    if trust_ratio and not group.get("adamw"):
+        _refuse(where, group, "lamb")  # it would decay twice
     warmup = group.get("moment_warmup", 0)  # steps before the momentum begins, from which its bias correction counts
     converted = {}
     for index, step in steps_of(where, group, states).items():
@@ -90,6 +94,7 @@ def _from_madam(where: str, group: Group, states: States) -> tuple[Group, States
         "beta2_range": tuple(group["beta2_range"]),
         "decoupled_weight_decay": decoupled(where, group, group.get("adamw"), "set its adamw to True or False"),
         "amsgrad": bool(group.get("amsgrad")),
+        "trust_ratio": trust_ratio,
     }
     return our_group(where, group, AUTHORS_MADAM, MAdam, **hyper), converted
 
@@ -118,7 +123,9 @@ def _from_lamadam(where: str, group: Group, states: States) -> tuple[Group, Stat
 
 
 def _to_madam(where: str, group: Group, states: States, fairseq: bool) -> tuple[Group, States]:
-    _refuse(where, group, "maximize", *(["amsgrad"] if fairseq else []))
+    _refuse(where, group, "maximize", *(["amsgrad", "trust_ratio"] if fairseq else []))
+    if not (group["decoupled_weight_decay"] and group["weight_decay"] > 0):
+        _refuse(where, group, "trust_ratio")  # theirs would be 1, or decay twice
     converted: States = {}
     for index, step in steps_of(where, {}, states).items():
         state = State(index, states[index], "exp_avg")
@@ -129,7 +136,13 @@ def _to_madam(where: str, group: Group, states: States, fairseq: bool) -> tuple[
         converted[index] = {"step": step, **state.rounded(tensors)}
     new = _without_ours(group)
     new.update(beta1=group["beta1"], beta2_range=tuple(group["beta2_range"]), amsgrad=group["amsgrad"])
-    new.update(adamw=group["decoupled_weight_decay"], nesterov=False, lamb=False, share_beta=False, moment_warmup=0)
+    new.update(
+        adamw=group["decoupled_weight_decay"],
+        nesterov=False,
+        lamb=group["trust_ratio"],
+        share_beta=False,
+        moment_warmup=0,
+    )
     new.update(ams_warmup_steps=1, ams_reset_freq=-1, use_sgd=False, neq_thresh=0)
     if converted:
         new["step"] = max(state["step"] for state in converted.values())
@@ -137,7 +150,7 @@ def _to_madam(where: str, group: Group, states: States, fairseq: bool) -> tuple[
 
 
 def _to_lamadam(where: str, group: Group, states: States, fairseq: bool) -> tuple[Group, States]:
-    _refuse(where, group, "maximize", "amsgrad")
+    _refuse(where, group, "maximize", "amsgrad", "trust_ratio")
     lr, momentum, (lower, upper) = float(group["lr"]), group["beta1"], group["beta2_range"]
     if states and lr == 0:
         raise ValueError(f"{where} has lr=0, by which the authors' momentum is scaled; set it to the next step's")
