@@ -1,233 +1,138 @@
 """How long one optimizer step takes, beside AdamW, the eager reference and the floor that memory sets.
 
-    python bench/step.py                        100 M parameters in 25 tensors, then 400 of one element (host time)
-    python bench/step.py --shapes bert-base     a model's tensors; see --help
+    python bench/step.py                        on a CPU two minutes: 100 M parameters in 25 tensors; then with --quick
+                                                BERT-Base, 10,000 tensors, and 400 of one element (host time)
+    python bench/step.py --out DIR              writes all turns to DIR/step.json and a figure to DIR/step.png as well
+    python bench/step.py --shapes gpt2 resnet50 --dtype bfloat16
+    python bench/step.py --shapes 100m --amsgrad --max-grad-norm 1
+    python bench/step.py --backend cuda triton  both GPU backends in the same turns
 
-Contenders take turns, so a slow moment of a shared machine meets all of them; medians with the range in brackets. The
-floor is bytes moved over the bandwidth of in-place updates measured in the same turns (a copy would pay for reading
-what it overwrites, and is no ceiling). Eager code comes after them in turns of its own: its temporaries would leave the
-others a cold machine; in one large tensor most of its time would be page faults. Not controlled: clock
-frequency, other processes, huge pages, NUMA placement.
+Contenders take turns, so that a slow moment of a shared machine meets all of them; medians with the range in brackets.
+They step on the same parameters and gradients, each with its own state. Where these would stay in the cache there are
+copies that are stepped on in turns, four times the cache in all; few parameters are bound by the host, and have one.
+Bytes are what a step must move, each operand once each way, and not measured. The floor is those bytes at the rate of
+a copy on the device, measured in the same turns; on a CPU at that of in-place updates of six arrays, as many as a step
+reads (a copy would pay for reading what it overwrites, and is no ceiling). Eager code comes after the others in turns
+of its own: its temporaries would leave them a cold machine; in one large tensor most of its time would be page faults.
+
+On a GPU the time is the device's, and host time is until step() returns; on a CPU they are the same. Not controlled:
+clock frequency, other processes, huge pages, NUMA placement, and what a real training step leaves in the cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from gpu_check.build import output, processor
+from gpu_check.machine import Gpu
+from stepbench import report
+from stepbench.case import Case, run
+from stepbench.contenders import OPTIONS, Contender, Missing, Options, bytes_of
+from stepbench.cpu import Cpu
+from stepbench.shapes import DTYPES, SHAPES, TITLES, bert_shapes
+from stepbench.timing import measure
 
-from maxva_kernels import LaMAdam, MAdam, _ops, reference
-from maxva_kernels.groups import Hyperparameters
+from maxva_kernels import _ops
+from maxva_kernels.backends import registry
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPTIONS = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
+__all__ = ["OPTIONS", "Contender", "bert_shapes", "bytes_of", "measure"]  # for the other benchmarks
 
-
-def bert_shapes(hidden: int, layers: int, vocabulary: int = 30522) -> list[tuple[int, ...]]:
-    """The parameters of BERT for pretraining (Devlin et al., 2019), word embeddings tied to the decoder."""
-    h, f = hidden, 4 * hidden
-    embeddings = [(vocabulary, h), (512, h), (2, h), (h,), (h,)]
-    layer = [(h, h), (h,)] * 4 + [(h,), (h,), (f, h), (f,), (h, f), (h,), (h,), (h,)]
-    heads = [(h, h), (h,), (h, h), (h,), (h,), (h,), (vocabulary,), (2, h), (2,)]
-    return embeddings + layer * layers + heads
-
-
-SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "100m": [(4_000_000,)] * 25,
-    "one": [(100_000_000,)],
-    "tiny": [(1,)] * 400,
-    "bert-base": bert_shapes(768, 12),
-    "bert-large": bert_shapes(1024, 24),
-}
+DEFAULT = {"100m": False, "bert-base": True, "10k": True, "tiny": True}  # and whether with --quick
 
 
-@dataclass
-class Contender:
-    name: str
-    step: Callable[[], object]
-    bytes: int  # moved by one step if every operand crosses the memory bus once each way it must
-
-
-@dataclass
-class Result:
-    name: str
-    seconds: list[float]
-    bytes: int
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-
-def make_params(
-    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: str | torch.device = "cpu"
-) -> list[torch.nn.Parameter]:
-    params = []
-    for shape in shapes:
-        param = torch.nn.Parameter(torch.randn(shape, device=device).to(dtype))
-        param.grad = torch.randn(shape, device=device).mul_(1e-3).to(dtype)
-        params.append(param)
-    return params
-
-
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def traffic(params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Bytes that a step moves, and bytes of all tensors: parameters and state are read and written, gradients read."""
-    moments = [
-        value
-        for state in optimizer.state.values()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor) and key != "step"
-    ]
-    written, read = bytes_of([*params, *moments]), bytes_of([param.grad for param in params if param.grad is not None])
-    return 2 * written + read, written + read
-
-
-def optimizer_contender(
-    name: str, make: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer], args: argparse.Namespace
-) -> Contender:
-    params = make_params(SHAPES[args.shapes], DTYPES[args.dtype])
-    optimizer = make(params)
-    optimizer.step()
-    if args.saturated:
-        for state in optimizer.state.values():
-            if "weight_sum" in state:
-                state["weight_sum"].fill_(1)
-    return Contender(name, optimizer.step, traffic(params, optimizer)[0])
-
-
-def eager_contender(args: argparse.Namespace) -> Contender:
-    """The paper's lines in eager float32, keeping u~, v~, w: simple, and inaccurate in float32."""
-    params = make_params(SHAPES[args.shapes], DTYPES[args.dtype])
-    hyper = Hyperparameters(**OPTIONS, beta1=0.9, beta2_range=(0.5, 0.999))
-    states = [reference.PaperState(*(torch.zeros(param.shape) for _ in range(4))) for param in params]
-    count = 0
-
-    @torch.no_grad()
-    def step() -> None:
-        nonlocal count
-        count += 1
-        for i, param in enumerate(params):
-            theta, states[i], _ = reference.step(
-                param.float(), param.grad.float(), states[i], count, hyper, laprop=False
-            )
-            param.copy_(theta)
-
-    return Contender("paper, eager float32", step, 0)
-
-
-def bandwidth_contender(args: argparse.Namespace) -> Contender:
-    """In-place updates of six arrays, as many as a step reads."""
-    size = max(1, sum(torch.Size(shape).numel() for shape in SHAPES[args.shapes]) // 6)
-    arrays = [torch.ones(size) for _ in range(6)]
-    return Contender("in-place update", lambda: torch._foreach_mul_(arrays, 1.0), 6 * size * 4 * 2)
-
-
-def measure(contenders: list[Contender], rounds: int) -> list[Result]:
-    results = [Result(contender.name, [], contender.bytes) for contender in contenders]
-    for turn in range(rounds + 1):  # the first only warms up
-        for contender, result in zip(contenders, results, strict=True):
-            start = time.perf_counter()
-            contender.step()
-            if turn:
-                result.seconds.append(time.perf_counter() - start)
-    return results
-
-
-def run(args: argparse.Namespace) -> dict[str, object]:
-    fused = {"AdamW (torch, fused)": lambda params: torch.optim.AdamW(params, fused=True, **OPTIONS)}
-    ours = {
-        "MAdam": lambda params: MAdam(params, **OPTIONS),
-        "LaMAdam": lambda params: LaMAdam(params, **OPTIONS),
-    }
-    contenders = [optimizer_contender(name, make, args) for name, make in {**fused, **ours}.items()]
-    elements = sum(torch.Size(shape).numel() for shape in SHAPES[args.shapes])
-    contenders.append(bandwidth_contender(args))
-    results = measure(contenders, args.rounds)
-    if args.reference:
-        reference_backend = optimizer_contender(
-            "reference backend", lambda params: MAdam(params, backend="reference", **OPTIONS), args
-        )
-        reference_backend.bytes = 0  # temporaries are most of what it moves
-        results += measure([reference_backend], min(3, args.rounds))
-        del reference_backend
-        results += measure([eager_contender(args)], min(3, args.rounds))
-    report(args, elements, results)
-    return {
-        "shapes": args.shapes,
-        "dtype": args.dtype,
-        "saturated": args.saturated,
-        "elements": elements,
-        "results": [asdict(result) for result in results],
-    }
-
-
-def report(args: argparse.Namespace, elements: int, results: list[Result]) -> None:
-    by_name = {result.name: result for result in results}
-    floor = by_name["in-place update"]
-    bandwidth = floor.bytes / floor.median
-    adamw = by_name["AdamW (torch, fused)"]
-    count = len(SHAPES[args.shapes])
-    print(
-        f"\n{count} tensor{'s' * (count > 1)}, {elements:,} parameters, {args.dtype}" + ", saturated" * args.saturated
-    )
-    if elements > 1_000_000:
-        print(f"in-place updates: {bandwidth / 1e9:.1f} GB/s")
-    print(f"{'':24}{'ms':>10} {'[min, max]':>20} {'B/param':>8} {'GB/s':>7} {'of floor':>9} {'/ AdamW':>8}")
-    for result in results:
-        if result is floor:
-            continue
-        low, high = min(result.seconds) * 1e3, max(result.seconds) * 1e3
-        line = f"{result.name:24}{result.median * 1e3:10.3f} {f'[{low:.3f}, {high:.3f}]':>20}"
-        if result.bytes and elements > 1_000_000:
-            rate = result.bytes / result.median
-            line += f" {result.bytes / elements:8.0f} {rate / 1e9:7.1f} {rate / bandwidth:9.0%}"
-        else:  # not bound by memory
-            line += " " * 27
-        print(f"{line} {result.median / adamw.median:8.2f}")
-
-
-def main() -> None:
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Any]:
+    """The arguments, with the backends that they mean, and the machine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=SHAPES, help="which tensors (default: 100m, then tiny)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of parameters and gradients")
-    parser.add_argument("--saturated", action="store_true", help="set w to 1, as after some thousand steps")
-    parser.add_argument("--rounds", type=int, help="steps timed of each contender (default: 9; tiny 300)")
+    titles = "; ".join(f"{name}: {title}" for name, title in TITLES.items())
+    parser.add_argument("--shapes", choices=SHAPES, nargs="+", help=f"which tensors ({titles})")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["float32"], help="of parameters and gradients")
+    names = ("auto", *registry.BACKENDS)
+    parser.add_argument("--backend", choices=names, nargs="+", default=["auto"], help="of MAdam and LaMAdam")
+    parser.add_argument("--amsgrad", action="store_true")
+    parser.add_argument(
+        "--max-grad-norm", type=float, metavar="NORM", help="clip; the others by clip_grad_norm_ before"
+    )
+    parser.add_argument("--saturated", action="store_true", help="set MAdam's w to 1, as after some thousand steps")
+    parser.add_argument("--quick", action="store_true", help="leave out eager code and what compiles at first use")
+    parser.add_argument("--rounds", type=int, default=Case.rounds, help="at most so many turns (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=float, default=Case.seconds, help="after which turns end, but for the first 8 (%(default)s)"
+    )
+    parser.add_argument("--copies", type=int, help="so many sets of tensors (default: by the cache)")
     parser.add_argument("--threads", type=int, help="of torch")
-    parser.add_argument("--no-reference", dest="reference", action="store_false", help="leave the eager ones out")
-    parser.add_argument("--json", help="write all timings to this file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    record: dict[str, object] = {
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all turns to this file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write step.json and step.png there")
+    args = parser.parse_args(arguments)
+    for name in ("rounds", "copies", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    wanted = set(args.backend)
+    on_gpu = bool(wanted & {"cuda", "triton"}) or ("cpu" not in wanted and torch.cuda.is_available())
+    device = torch.device("cuda" if on_gpu else "cpu")
+    try:
+        args.backends = list(dict.fromkeys(registry.select(name, device).NAME for name in args.backend))
+        return args, Gpu() if on_gpu else Cpu()
+    except RuntimeError as error:
+        parser.error(str(error))
+
+
+def facts(args: argparse.Namespace, machine: Any) -> dict[str, Any]:
+    """What the results depend on."""
+    root = str(Path(__file__).resolve().parents[1])
+    commit = output(["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40"]).strip()
+    about: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "cache_bytes": machine.cache_bytes()}
+    if machine.device.type == "cuda":
+        about["gpu"] = machine.name
+    elif _ops.load_error("_C") is None:
+        about["kernels"] = _ops.cpu_capability()
+    return {
         "torch": torch.__version__,
-        "machine": platform.machine(),
-        "kernels": _ops.cpu_capability() if _ops.load_error("_C") is None else _ops.load_error("_C"),
+        "commit": commit,
+        "machine": about,
         "threads": torch.get_num_threads(),
         "date": time.strftime("%Y-%m-%d"),
         "runs": [],
     }
-    print(f"torch {record['torch']}, {record['threads']} threads, CPU kernels {record['kernels']}")
-    for shapes in [args.shapes] if args.shapes else ["100m", "tiny"]:
-        rounds = args.rounds or (300 if shapes == "tiny" else 9)
-        own = argparse.Namespace(**{**vars(args), "shapes": shapes, "rounds": rounds})
-        if shapes == "tiny":
-            own.reference = False
-        record["runs"].append(run(own))  # type: ignore[attr-defined]
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump(record, file, indent=1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args, machine = parse(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    record = facts(args, machine)
+    about = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
+    print(f"torch {record['torch']}, {record['threads']} threads, {about}")
+    options = Options(args.amsgrad, args.max_grad_norm, args.saturated)
+    limits = {"rounds": args.rounds, "seconds": args.seconds, "copies": args.copies}
+    wanted = dict.fromkeys(args.shapes, args.quick) if args.shapes else DEFAULT
+    for name, quick in wanted.items():
+        for dtype in args.dtype:
+            try:
+                done = run(Case(name, dtype, options, args.backends, quick or args.quick, **limits), machine)
+            except Missing as missing:
+                print(f"\n{TITLES[name]}, {dtype}: {missing}")
+                continue
+            record["runs"].append(done)
+            print(report.table(done), flush=True)
+            machine.free_bytes()  # which on a GPU gives back what was freed
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+    for path in [path for path in (args.json, args.out and args.out / "step.json") if path]:
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    if args.out:
+        try:
+            report.draw(record, args.out / "step.png")
+        except ImportError as error:
+            print(f"no figure: {error}")
+    return 0
 
 
 if __name__ == "__main__":

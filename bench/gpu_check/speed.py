@@ -10,16 +10,16 @@ other users of the GPU.
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from step import bert_shapes
+from stepbench import paper, timing
+from stepbench.shapes import SHAPES, TITLES, Shapes, bert_shapes
 
-from gpu_check import compiled, contenders, machine, stage
-from gpu_check.contenders import ADAMW, COPY, Contender
+from gpu_check import contenders, machine, stage
+from gpu_check.contenders import COPY, Contender
 from gpu_check.stage import Lacking, Stage
 
 SECONDS = 8.0  # for the turns of a case
@@ -27,21 +27,19 @@ SECONDS = 8.0  # for the turns of a case
 
 class Case(NamedTuple):
     name: str
-    shapes: list[tuple[int, ...]]
+    shapes: Shapes
     dtype: torch.dtype
     reference: bool = False  # the eager one too
 
 
 def cases(rehearsal: bool) -> list[Case]:
     """The most important first."""
-    base = bert_shapes(8, 1, vocabulary=50) if rehearsal else bert_shapes(768, 12)
-    large = bert_shapes(16, 1, vocabulary=50) if rehearsal else bert_shapes(1024, 24)
-    one = [(1000,)] if rehearsal else [(100_000_000,)]
-    tiny = [(16,)] * 20 if rehearsal else [(1024,)] * 10_000
-    models = {"BERT-Base": base, "BERT-Large": large, "one tensor of 100 M": one, "10,000 tensors of 1,024": tiny}
-    listed = [
-        Case(name, shapes, torch.float32, reference=shapes is base or shapes is one) for name, shapes in models.items()
-    ]
+    models: dict[str, Shapes] = {TITLES[name]: SHAPES[name] for name in ("bert-base", "bert-large", "one", "10k")}
+    with_reference = (TITLES["bert-base"], TITLES["one"])
+    if rehearsal:
+        small = (bert_shapes(8, 1, vocabulary=50), bert_shapes(16, 1, vocabulary=50), [(1000,)], [(16,)] * 20)
+        models = dict(zip(models, small, strict=True))
+    listed = [Case(name, shapes, torch.float32, name in with_reference) for name, shapes in models.items()]
     return listed + [Case(name, shapes, torch.bfloat16) for name, shapes in models.items()]
 
 
@@ -88,46 +86,16 @@ def measure_case(stage: Stage, gpu: Any, case: Case) -> dict[str, Any]:
     }
 
 
-def measure(gpu: Any, entered: list[Contender], rounds: int, warm: int = 3) -> dict[str, list[float]]:
+def measure(gpu: Any, entered: list[Contender], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of the device, for each contender one a round; fewer rounds, but some, where they take long."""
-    results: dict[str, list[float]] = {contender.name: [] for contender in entered}
-    host: dict[str, float] = {}
-    ends = time.perf_counter() + SECONDS
-    for turn in range(-warm, rounds):
-        if turn > min(7, rounds) and time.perf_counter() > ends:
-            break
-        for contender in entered:
-            if contender.slow and turn not in (-1, 0, 2, 4):
-                continue
-            if turn < 0:
-                start = time.perf_counter()
-                contender.step()
-                host[contender.name] = 1e3 * (time.perf_counter() - start)
-                gpu.synchronize()
-                continue
-            behind = 0.0 if contender.slow else min(100.0, 1.5 * host[contender.name] + 0.2)
-            results[contender.name].append(gpu.milliseconds(contender.step, behind))
-    return results
+    return {result.name: result.ms for result in timing.measure(entered, rounds, gpu, warm=3, seconds=SECONDS)}
 
 
 def figures(
-    results: dict[str, list[float]], entered: list[Contender], parameters: int, cache: int
+    times: dict[str, list[float]], entered: list[Contender], parameters: int, cache: int
 ) -> list[dict[str, Any]]:
     """The medians and what follows from them."""
-    median = {name: statistics.median(times) for name, times in results.items()}
-    moved = {contender.name: contender.bytes for contender in entered}
-    copy_rate = (moved[COPY] or 0) / median[COPY]
-    lines = []
-    for contender in entered:
-        name, times = contender.name, results[contender.name]
-        line: dict[str, Any] = {"name": name, "ms": median[name], "min": min(times), "max": max(times), "turns": times}
-        if contender.bytes:
-            rate = contender.bytes / median[name]
-            line |= {"bytes_per_parameter": round(contender.bytes / parameters, 2), "GB_per_s": rate / 1e6}
-            line |= {"share_of_copy": rate / copy_rate, "in_cache": contender.tensors <= cache}
-        line["of_adamw"] = median[name] / median[ADAMW]
-        lines.append(line)
-    return lines
+    return timing.figures(times, entered, parameters, cache, floor=COPY, share="share_of_copy")
 
 
 def launches(stage: Stage, gpu: Any, entered: list[Contender]) -> dict[str, Any]:
@@ -141,8 +109,9 @@ def launches(stage: Stage, gpu: Any, entered: list[Contender]) -> dict[str, Any]
 
 def measure_compiled(stage: Stage, gpu: Any, case: Case) -> dict[str, Any]:
     """The paper's lines through torch.compile, on one tensor, beside AdamW and the copy."""
+    params = [contenders.make_params(case.shapes, torch.float32, gpu.device)]
     entered = [
-        compiled.contender(case.shapes[0], gpu.device, backend="eager" if stage.rehearsal else "inductor"),
+        paper.compiled(params, backend="eager" if stage.rehearsal else "inductor"),
         contenders.torchs(case.shapes, torch.float32, gpu.device)[0],
         contenders.bandwidths(1 << 16 if stage.rehearsal else 1 << 30, gpu.device)[0],
     ]

@@ -43,6 +43,10 @@ class Recorder:
     def step(self, *arguments: Any) -> None:
         self._launch("step", "step_kernel", arguments)
 
+    def update_norms(self, *arguments: Any) -> None:
+        self._launch("update_norms", "update_chunks_kernel", arguments)
+        self.launches.append("update_total_kernel")
+
     def norm_chunks(self, *arguments: Any) -> None:
         self._launch("norm_chunks", "norm_chunks_kernel", arguments)
 
