@@ -5,6 +5,7 @@
     python bench/step.py --out DIR              writes all turns to DIR/step.json and a figure to DIR/step.png as well
     python bench/step.py --shapes gpt2 resnet50 --dtype bfloat16
     python bench/step.py --shapes 100m --amsgrad --max-grad-norm 1
+    python bench/step.py --shapes 100m --quick --features   what the optimizer's options cost
     python bench/step.py --backend cuda triton  both GPU backends in the same turns
 
 Contenders take turns, so that a slow moment of a shared machine meets all of them; medians with the range in brackets.
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 from gpu_check.build import output, processor
 from gpu_check.machine import Gpu
-from stepbench import report
+from stepbench import contenders, report
 from stepbench.case import Case, run
 from stepbench.contenders import OPTIONS, Contender, Missing, Options, bytes_of
 from stepbench.cpu import Cpu
@@ -60,6 +61,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Any]:
         "--max-grad-norm", type=float, metavar="NORM", help="clip; the others by clip_grad_norm_ before"
     )
     parser.add_argument("--saturated", action="store_true", help="set MAdam's w to 1, as after some thousand steps")
+    parser.add_argument(
+        "--features", action="store_true", help=f"MAdam with each of these as well: {', '.join(contenders.FEATURES)}"
+    )
     parser.add_argument("--quick", action="store_true", help="leave out eager code and what compiles at first use")
     parser.add_argument("--rounds", type=int, default=Case.rounds, help="at most so many turns (default: %(default)s)")
     parser.add_argument(
@@ -111,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
     about = ", ".join(f"{name} {value}" for name, value in record["machine"].items())
     print(f"torch {record['torch']}, {record['threads']} threads, {about}")
     options = Options(args.amsgrad, args.max_grad_norm, args.saturated)
-    limits = {"rounds": args.rounds, "seconds": args.seconds, "copies": args.copies}
+    limits = {"rounds": args.rounds, "seconds": args.seconds, "copies": args.copies, "features": args.features}
     wanted = dict.fromkeys(args.shapes, args.quick) if args.shapes else DEFAULT
     for name, quick in wanted.items():
         for dtype in args.dtype:

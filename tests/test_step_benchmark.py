@@ -98,6 +98,17 @@ def test_bytes(key, expected):
     assert contender.bytes is None if BACKEND == "reference" and name == "MAdam" else contender.bytes == 100 * expected
 
 
+@pytest.mark.skipif(BACKEND == "reference", reason="nobody counts the bytes of eager code")
+def test_bytes_of_features():
+    """Guards the same for what MAdam's options add: a maximum, the norm's read, nothing, one more read of everything."""
+    sets = [contenders.make_params([(10, 10)], torch.float32)]
+    more = {}
+    for entry in entries.entries(sets, CPU, [BACKEND], contenders.PLAIN, features=True):
+        if entry.name.startswith("MAdam, "):
+            more[entry.name.removeprefix("MAdam, ")] = entry.make().bytes - 100 * 44
+    assert more == {"amsgrad": 100 * 8, "clip": 100 * 4, "statistics": 0, "trust ratio": 100 * 24}
+
+
 def test_bytes_of_a_quantized_state():
     """Guards against counting an 8-bit state as the float32 that its wrapper says it is."""
 
@@ -137,7 +148,7 @@ def test_contenders_do_the_work_on_every_copy(dtype, options, small):
     sets = [contenders.make_params(SMALL, shapes.DTYPES[dtype]) for _ in range(3)]
     params = [param for each in sets for param in each]
     grads = [param.grad.clone() for param in params]
-    listed = entries.entries(sets, CPU, [BACKEND], options)
+    listed = entries.entries(sets, CPU, [BACKEND], options, features=True)
     lacking: dict[str, str] = {}
     ran = []
     for entry in listed:
@@ -157,7 +168,9 @@ def test_contenders_do_the_work_on_every_copy(dtype, options, small):
     assert {*ran, *lacking} == {entry.name for entry in listed}
     assert {*contenders.TORCHS, paper.COMPILED, paper.EAGER} < {*ran}
     assert sum("LaMAdam" in name for name in ran) == 1
-    assert sum(name.startswith("MAdam") for name in ran) == (4 if BACKEND != "reference" else 3)
+    assert sum(name.startswith("MAdam") for name in ran) == (4 if BACKEND != "reference" else 3) + len(
+        contenders.FEATURES
+    )
 
 
 def test_clipping_limits_every_contender(small):

@@ -26,6 +26,7 @@ class Case:
     options: Options = PLAIN
     backends: Sequence[str] = ("cpu",)
     quick: bool = False
+    features: bool = False  # MAdam with each of contenders.FEATURES too
     rounds: int = 300  # at most
     seconds: float = 6.0  # for what takes turns
     copies: int | None = None
@@ -47,7 +48,7 @@ def run(case: Case, machine: Any) -> dict[str, Any]:
     parameters, on_cpu = elements(shapes), machine.device.type == "cpu"
     copies = case.copies or copies_of(case.shapes, case.dtype, cache)
     sets = [make_params(shapes, DTYPES[case.dtype], device) for _ in range(copies)]
-    listed = entries(sets, device, case.backends, case.options)
+    listed = entries(sets, device, case.backends, case.options, case.features)
     floors = contenders.bandwidths(FLOOR_BYTES[device.type], device)[on_cpu:]
     lacking: dict[str, str] = {}
     entered: list[Contender] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -61,9 +61,17 @@ class Options:
     amsgrad: bool = False
     max_grad_norm: float | None = None
     saturated: bool = False  # MAdam's w is 1, as after some thousand steps
+    trust_ratio: bool = False  # of MAdam
+    collect_statistics: bool = False
 
 
 PLAIN = Options()
+FEATURES = {
+    "amsgrad": {"amsgrad": True},
+    "clip": {"max_grad_norm": 1.0},
+    "statistics": {"collect_statistics": True},
+    "trust ratio": {"trust_ratio": True},
+}
 
 
 @dataclass
@@ -148,13 +156,16 @@ def taking_turns(name: str, make: Make, sets: Sequence[Params], options: Options
     moved, tensors = traffic(sets[0], optimizers[0])
     if options.max_grad_norm is not None:
         moved += clipping_bytes(sets[0]) if outside else bytes_of([param.grad for param in sets[0]])  # for the norm
+    if options.trust_ratio and hasattr(optimizers[0], "statistics"):
+        moved += tensors  # for the norms
     turns = itertools.cycle(steps)
     return Contender(name, lambda: next(turns)(), moved, tensors=len(sets) * tensors, sets=sets)
 
 
 def ours(name: str, algorithm: Any, backend: str, sets: Sequence[Params], options: Options = PLAIN) -> Contender:
     """MAdam or LaMAdam by one backend."""
-    settings = {"amsgrad": options.amsgrad, "max_grad_norm": options.max_grad_norm, "backend": backend, **OPTIONS}
+    settings = {name: value for name, value in asdict(options).items() if name != "saturated"}
+    settings |= {"backend": backend, **OPTIONS}
     contender = taking_turns(name, lambda params: algorithm(params, **settings), sets, options)
     if backend == "reference":  # temporaries are most of what it moves
         contender.bytes, contender.slow = None, True

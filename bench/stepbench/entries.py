@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +22,9 @@ class Entry(NamedTuple):
     slow: bool = False  # is made and measured after the others
 
 
-def entries(sets: Sequence[Params], device: Any, backends: Sequence[str], options: Options) -> list[Entry]:
+def entries(
+    sets: Sequence[Params], device: Any, backends: Sequence[str], options: Options, features: bool = False
+) -> list[Entry]:
     listed = [
         Entry(name, partial(contenders.torchs, name, sets, options), slow=contenders.is_slow(name, device))
         for name in contenders.TORCHS
@@ -32,6 +35,10 @@ def entries(sets: Sequence[Params], device: Any, backends: Sequence[str], option
             eager = backend == "reference"
             name = f"{algorithm.__name__} (reference, eager)" if eager else name
             listed.append(Entry(name, partial(contenders.ours, name, algorithm, backend, sets, options), slow=eager))
+            for feature, changed in contenders.FEATURES.items() if features and algorithm is MAdam else ():
+                with_it, name_with_it = replace(options, **changed), f"{name}, {feature}"
+                make = partial(contenders.ours, name_with_it, algorithm, backend, sets, with_it)
+                listed.append(Entry(name_with_it, make, slow=eager))
     for name, other in contenders.OTHERS.items():
         make = partial(contenders.others, name, lambda: sets, device, options)
         listed.append(Entry(name, make, quick=not other.compiles))
