@@ -2,8 +2,8 @@
 //
 // Note [Statistics]
 // They are of a sample: one chunk in sixteen, and the first of every tensor, always the same. Where instructions and
-// not bytes bind, on a CPU, taking them costs a chunk a third more time; so it costs the step some two percent. The
-// sampled chunks follow the golden ratio, which no layer's width resonates with.
+// not bytes bind, on a CPU, taking them of all would cost a sixth to a half of the step. The sampled chunks follow the
+// golden ratio, which no layer's width resonates with.
 //
 // A chunk's record is written by whoever steps the chunk, and no two chunks share one: so there are no atomics, and a
 // record depends on nothing but the chunk and the backend, whose order of additions within a chunk is its own. Records

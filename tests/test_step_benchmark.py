@@ -100,7 +100,7 @@ def test_bytes(key, expected):
 
 @pytest.mark.skipif(BACKEND == "reference", reason="nobody counts the bytes of eager code")
 def test_bytes_of_features():
-    """Guards the same for what MAdam's options add: a maximum, the norm's read, nothing, one more read of everything."""
+    """Guards the same for what options add: a maximum, the norm's read, nothing, one more read of everything."""
     sets = [contenders.make_params([(10, 10)], torch.float32)]
     more = {}
     for entry in entries.entries(sets, CPU, [BACKEND], contenders.PLAIN, features=True):
