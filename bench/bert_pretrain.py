@@ -97,6 +97,7 @@ class Run:
             weight_decay=s.weight_decay,
             beta2_range=tuple(s.beta2_range),
             max_grad_norm=s.max_grad_norm if self.clips_inside else None,
+            state_dtype=s.state_dtype,
         )
         self.schedule = PhasedLR(self.optimizer, settings.rates(s))
         self.scaler = torch.amp.GradScaler(s.device, enabled=s.amp == "fp16")

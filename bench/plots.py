@@ -15,11 +15,15 @@ import torch
 COLOURS = {"Adam": "tab:orange", "AMSGrad": "tab:green", "MAdam": "tab:blue"}
 
 
-def parse(doc: str | None) -> argparse.Namespace:
+def parser(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to this file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the numbers and a figure there")
-    return parser.parse_args()
+    return parser
+
+
+def parse(doc: str | None) -> argparse.Namespace:
+    return parser(doc).parse_args()
 
 
 def write(args: argparse.Namespace, name: str, record: dict[str, Any], draw: Callable[[dict[str, Any]], Any]) -> None:

@@ -172,9 +172,12 @@ void check_grad(const Named& grad) {
               " must be float32, bfloat16, float16 or float64");
 }
 
-void check_moment(const Named& moment, const Named& param) {
+void check_moment(const Named& moment, const Named& param, bool narrow) {
   MAXVA_CHECK(is_strided(moment.tensor), describe(moment), " is sparse, which is not supported; use .to_dense()");
-  const ScalarType required = state_dtype(param.tensor.scalar_type());
+  ScalarType required = arithmetic_dtype(param.tensor.scalar_type());
+  if (narrow && required == ScalarType::Float) {
+    required = ScalarType::BFloat16;
+  }
   MAXVA_CHECK(moment.tensor.scalar_type() == required, describe(moment), " must be ", dtype_name(required),
               " as the state of ", describe(param), "; was a checkpoint loaded in another dtype?");
   MAXVA_CHECK(!may_overlap(moment.tensor), describe(moment),

@@ -26,15 +26,16 @@ struct Named {
 void check_param(const Named& param, const Named& first);
 // A strided floating-point tensor.
 void check_grad(const Named& grad);
-// A strided tensor of the state's dtype without overlapping memory.
-void check_moment(const Named& moment, const Named& param);
+// A strided tensor without overlapping memory, of the arithmetic's dtype or, if that is float32 and the state is
+// `narrow`, bfloat16.
+void check_moment(const Named& moment, const Named& param, bool narrow);
 // Of the parameter's shape and on its device.
 void check_like(const Named& tensor, const Named& param);
 // One element of that dtype on the parameter's device.
 void check_scalar(const Named& scalar, ScalarType dtype, const Named& param);
 
-// The dtype of a parameter's state and of its arithmetic.
-inline ScalarType state_dtype(ScalarType param) {
+// The dtype of a parameter's arithmetic, and of its state unless that is kept in bfloat16.
+inline ScalarType arithmetic_dtype(ScalarType param) {
   return param == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 

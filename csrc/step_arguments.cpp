@@ -48,6 +48,11 @@ void StepArguments::check() const {
   check_length("params", count, in_groups, "tensors counted by group_sizes");
   check_length("max_denoms", max_denoms.size(), with_max, "params of groups with AMSGrad");
 
+  const bool rounds = !rounding_keys.empty();
+  if (rounds) {
+    check_length("rounding_keys", rounding_keys.size(), count, "params");
+  }
+
   // 2. Tensors.
   size_t next_max = 0;
   for (size_t g = 0, i = 0; g < groups; ++g) {
@@ -58,7 +63,7 @@ void StepArguments::check() const {
       check_like(grad, param);
       const auto check_state = [&](const char* list, const std::vector<Tensor>& tensors, size_t at) {
         const Named moment{tensors[at], list, at};
-        check_moment(moment, param);
+        check_moment(moment, param, rounds && exp_avgs[i].scalar_type() == ScalarType::BFloat16);
         check_like(moment, param);
       };
       for (const auto& [list, tensors] : moments) {

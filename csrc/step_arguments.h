@@ -26,6 +26,8 @@ struct StepArguments {
   double max_grad_norm;
   // For each parameter: what its learning rate is multiplied by.
   std::optional<Tensor> trust_ratios;
+  // For each parameter: the key by which 16-bit state is rounded (rounding.h). May be empty where there is none.
+  std::vector<int64_t> rounding_keys;
   // For each chunk of each parameter: its StatisticsSums<float>.
   std::optional<Tensor> statistics;
   // For each parameter: its norm and that of its update at learning rate 1. Where these are asked for nothing is

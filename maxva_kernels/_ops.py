@@ -28,6 +28,8 @@ STEP_LISTS = tuple(f.name for f in fields(TensorLists))
 # graph does not recompile when it changes. grad_norm is the global norm of the gradients as they stand;
 # max_grad_norm < 0 clips nothing. found_inf != 0 leaves everything untouched. trust_ratios has for each parameter,
 # float64, what its learning rate is multiplied by.
+# rounding_keys has for each parameter the key by which 16-bit state is rounded (rounding.py); it may be empty where
+# there is none.
 # statistics, float32 of shape [chunks, fields], takes the records of statistics.py, whose sampled chunks are written.
 # update_norms, float64 of shape [params, 2], takes for each parameter its norm and that of its update at learning rate
 # 1; where it is given nothing else is changed.
@@ -37,8 +39,8 @@ library.define(
     "bool laprop, int[] group_sizes, Tensor lr, float[] beta1, float[] beta2_lower, float[] beta2_upper, "
     "float[] beta2_init, float[] eps, float[] weight_decay, int[] decoupled_weight_decay, int[] amsgrad, "
     "int[] maximize, int[] adam_eps, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_norm=None, "
-    "float max_grad_norm=-1.0, Tensor? trust_ratios=None, Tensor(h!)? statistics=None, Tensor(i!)? update_norms=None) "
-    "-> ()"
+    "float max_grad_norm=-1.0, Tensor? trust_ratios=None, int[] rounding_keys=[], Tensor(h!)? statistics=None, "
+    "Tensor(i!)? update_norms=None) -> ()"
 )
 # The global L2 norm of all gradients: a scalar, float64 if any gradient is, else float32. Deterministic, and finite
 # wherever the norm itself is representable.
@@ -125,9 +127,16 @@ def call_step(
         grad_norm=scaling.grad_norm,
         max_grad_norm=-1.0 if scaling.max_grad_norm is None else scaling.max_grad_norm,
         trust_ratios=scaling.trust_ratios,
+        rounding_keys=_rounding_keys(groups),
         statistics=statistics,
         update_norms=update_norms,
     )
+
+
+def _rounding_keys(groups: Sequence[Group]) -> list[int]:
+    if not any(group.keys for group in groups):
+        return []
+    return [key for group in groups for key in group.keys or [0] * len(group.tensors.params)]
 
 
 def call_update_norms(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import distributed
-from .groups import HYPERPARAMETERS, MOMENTS, state_dtype
+from .groups import HYPERPARAMETERS, MOMENTS, STATE_DTYPES, arithmetic_dtype
 
 
 class _Opaque:
@@ -41,12 +41,21 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     groups = state_dict["param_groups"]
     for i, group in enumerate(groups):
         _check_group(optimizer, i, group)
+    for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
+        saved, wanted = (STATE_DTYPES.get(each.get("state_dtype")) for each in (group, own))
+        if saved != wanted:
+            raise ValueError(
+                f"param_groups[{i}] of this checkpoint has state_dtype={saved}, but this optimizer has {wanted}; make "
+                f"the optimizer with that, or load maxva_kernels.convert.to_state_dtype(state_dict, {wanted})"
+            )
     saved_ids = list(chain.from_iterable(group["params"] for group in groups))
-    params = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    params = [
+        (param, STATE_DTYPES[group["state_dtype"]]) for group in optimizer.param_groups for param in group["params"]
+    ]
     state = dict(state_dict["state"])
-    for index, (saved_id, param) in enumerate(zip(saved_ids, params, strict=False)):
+    for index, (saved_id, (param, state_dtype)) in enumerate(zip(saved_ids, params, strict=False)):
         if saved_id in state:  # torch itself refuses groups of other lengths
-            _check_state(index, param, state[saved_id])
+            _check_state(index, param, state_dtype, state[saved_id])
             state[saved_id] = _Opaque(state[saved_id])
     return {**state_dict, "state": state}
 
@@ -101,7 +110,7 @@ def _check_group(optimizer: Optimizer, index: int, group: dict[str, Any]) -> Non
         )
 
 
-def _check_state(index: int, param: Tensor, entries: Any) -> None:
+def _check_state(index: int, param: Tensor, state_dtype: torch.dtype | None, entries: Any) -> None:
     where = f"the state of parameter {index}"
     names = ("step", *MOMENTS)
     if not isinstance(entries, dict) or any(name not in entries for name in names):
@@ -126,8 +135,9 @@ def _check_state(index: int, param: Tensor, entries: Any) -> None:
                 f"{where} has {name} as {_placed(value)}, but the parameter is {_placed(param)}; "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict moves a checkpoint between placements"
             )
-        if value.dtype != state_dtype(param):
+        wanted = state_dtype or arithmetic_dtype(param)
+        if value.dtype != wanted:
             raise ValueError(
-                f"{where} has {name} in {value.dtype}, but a {param.dtype} parameter needs {state_dtype(param)}; "
-                f"convert the checkpoint's tensors with .to({state_dtype(param)}) if that is what you want"
+                f"{where} has {name} in {value.dtype}, but this optimizer keeps that of a {param.dtype} parameter in "
+                f"{wanted}; to convert it, load maxva_kernels.convert.to_state_dtype(state_dict, {state_dtype})"
             )

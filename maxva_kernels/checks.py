@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import layouts
-from .groups import Group, Scaling, joined, state_dtype
+from .groups import Group, Scaling, arithmetic_dtype, joined, may_be_state
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -23,12 +23,14 @@ def check_grads(grads: list[Tensor]) -> None:
 def check_groups(groups: Sequence[Group]) -> None:
     """Raises RuntimeError, naming the tensor, unless one step can be done on all the groups' tensors."""
     params = joined(groups, "params")
-    for hyper, tensors, _ in groups:
+    for hyper, tensors, _, keys in groups:
         for name in ("grads", "exp_avgs", "grad_means", "grad_vars", "weight_sums", "steps"):
             found = len(getattr(tensors, name))
             _require(found == len(tensors.params), f"{name} has {found} entries for {len(tensors.params)} params")
         found, expected = len(tensors.max_denoms), len(tensors.params) if hyper.amsgrad else 0
         _require(found == expected, f"max_denoms has {found} entries for {expected} params of groups with AMSGrad")
+        found, expected = len(keys), len(tensors.params) if keys else 0
+        _require(found == expected, f"rounding_keys has {found} entries for {expected} params")
     for i, param in enumerate(params):
         check_param(param, i)
         named, first = describe(param, "params", i), params[0]
@@ -43,13 +45,16 @@ def check_groups(groups: Sequence[Group]) -> None:
         )
     for i, grad in enumerate(joined(groups, "grads")):
         _check_like(grad, "grads", i, params[i], None, i)
+    # Of 16 bits where it can be rounded.
+    exp_avgs = [avg if group.keys else None for group in groups for avg in group.tensors.exp_avgs]
     for name in ("exp_avgs", "grad_means", "grad_vars", "weight_sums"):
         for i, moment in enumerate(joined(groups, name)):
-            _check_state(moment, name, i, params[i], i)
-    with_max = [hyper.amsgrad for hyper, tensors, _ in groups for _ in tensors.params]
+            _check_state(moment, name, i, params[i], i, exp_avgs[i])
+    with_max = [hyper.amsgrad for hyper, tensors, *_ in groups for _ in tensors.params]
     param_indices = [i for i, amsgrad in enumerate(with_max) if amsgrad]
     for i, moment in enumerate(joined(groups, "max_denoms")):
-        _check_state(moment, "max_denoms", i, params[param_indices[i]], param_indices[i])
+        at = param_indices[i]
+        _check_state(moment, "max_denoms", i, params[at], at, exp_avgs[at])
     for i, step in enumerate(joined(groups, "steps")):
         _require(
             step.dtype == torch.int64 and step.numel() == 1 and step.device == params[i].device,
@@ -88,8 +93,12 @@ def _require(holds: bool, message: str) -> None:
         raise RuntimeError(f"maxva: {message}")
 
 
-def _check_state(tensor: Tensor, name: str, index: int, param: Tensor, param_index: int) -> None:
-    _check_like(tensor, name, index, param, state_dtype(param), param_index)
+def _check_state(
+    tensor: Tensor, name: str, index: int, param: Tensor, param_index: int, exp_avg: Tensor | None
+) -> None:
+    given = None if exp_avg is None else exp_avg.dtype
+    required = given if given is not None and may_be_state(given, param) else arithmetic_dtype(param)
+    _check_like(tensor, name, index, param, required, param_index)
     _require(
         not layouts.may_overlap(tensor),
         f"{describe(tensor, name, index)} has elements that share memory (an expanded tensor?); use .clone()",

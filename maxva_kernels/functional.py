@@ -11,6 +11,7 @@ from torch import Tensor
 from . import distributed
 from .backends.registry import select
 from .groups import Group, Hyperparameters, Scaling, TensorLists, joined, with_gradients
+from .rounding import tensor_key
 from .statistics import Recorder
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def madam_(
     maximize: bool = False,
     eps_mode: str = "paper",
     trust_ratio: bool = False,
+    rounding_seed: int = 0,
     max_grad_norm: float | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -53,13 +55,15 @@ def madam_(
     Args:
         params: float32, bfloat16, float16 or float64, of any shape without overlapping memory.
         grads: of the parameters' shapes; dtypes as above, which may differ from the parameter's. Only read.
-        exp_avgs: the momentum m~. State is float32, or float64 for float64 parameters, of the parameters' shapes, and
-            zero before the first step. So are the next three.
+        exp_avgs: the momentum m~. State is float32, or float64 for float64 parameters, or bfloat16 for others, which is
+            rounded stochastically; of the parameters' shapes, and zero before the first step. So are the next three.
         grad_means: the bias-corrected mean u of the gradient.
         grad_vars: its central second moment s = v - u^2.
         weight_sums: the zeroth moment w (Eq. 2).
         steps: int64 scalars, the number of steps done; advanced by one.
         max_denoms: the running maximum of sqrt(v); passing it turns AMSGrad on.
+        rounding_seed: of the random numbers that bfloat16 state is rounded by, with a parameter's place in the lists
+            and its step.
         max_grad_norm: clip by the global norm of these gradients, after unscaling.
         grad_scale: a scalar that the gradients are to be divided by.
         found_inf: a scalar; where it is not 0 nothing is changed.
@@ -94,6 +98,7 @@ def lamadam_(
     maximize: bool = False,
     eps_mode: str = "paper",
     trust_ratio: bool = False,
+    rounding_seed: int = 0,
     max_grad_norm: float | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
@@ -257,12 +262,14 @@ def _single_group(
     max_grad_norm: float | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    rounding_seed: int,
     backend: str,
     **hyper: object,
 ) -> None:
     group = Group(
         Hyperparameters(**hyper, amsgrad=max_denoms is not None),  # type: ignore[arg-type]
         TensorLists(params, list(grads), exp_avgs, grad_means, grad_vars, weight_sums, max_denoms or [], steps),
+        keys=[tensor_key(rounding_seed, i) for i in range(len(params))],
     )
     step_groups(
         [group],

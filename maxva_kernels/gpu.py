@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks, layouts
-from .groups import Group, Hyperparameters, Scaling, joined, state_dtype, with_gradients
+from .groups import Group, Hyperparameters, Scaling, arithmetic_dtype, joined, with_gradients
 from .statistics import Recorder, tensors_of
 from .tensor_table import (
     NormTable,
@@ -159,6 +159,12 @@ def _launch(
 
     def check() -> None:
         checks.check_groups(with_gradients(groups))
+        for i, moment in enumerate(joined(groups, "exp_avgs")):
+            if moment.dtype == torch.bfloat16:
+                raise RuntimeError(
+                    f"maxva: {checks.describe(moment, 'exp_avgs', i)} is a state that the GPU kernels do not round "
+                    "yet; use backend='reference', or state_dtype=None"
+                )
 
     def make() -> StepTable:
         check()
@@ -293,7 +299,7 @@ def _fitting(
     fitting = list(grads)
     for i, grad, wanted in zip(present, given, strides, strict=True):
         if (grad.dtype == torch.float64) != (params[i].dtype == torch.float64):
-            grad = grad.to(state_dtype(params[i]))
+            grad = grad.to(arithmetic_dtype(params[i]))
         if not layouts.same_order(grad, wanted):
             grad = layouts.empty_with(wanted, grad).copy_(grad)
         fitting[i] = grad.resolve_neg()  # a view that is yet to be negated cannot be read as it is

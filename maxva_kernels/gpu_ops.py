@@ -25,11 +25,13 @@ def step_(
     grad_norm: Tensor | None = None,
     max_grad_norm: float = -1.0,
     trust_ratios: Tensor | None = None,
+    rounding_keys: Sequence[int] = (),
     statistics: Tensor | None = None,
     update_norms: Tensor | None = None,
     **of_groups: list[Any],
 ) -> None:
     given = {name: iter(tensors) for name, tensors in zip(_ops.STEP_LISTS, lists, strict=True)}
+    keys = iter(rounding_keys)
     groups = []
     for g, size in enumerate(group_sizes):
         own = {name: values[g] for name, values in of_groups.items()}
@@ -41,7 +43,8 @@ def step_(
         )
         # max_denoms has the tensors of groups with AMSGrad alone
         counts = {name: 0 if name == "max_denoms" and not hyper.amsgrad else size for name in given}
-        groups.append(Group(hyper, TensorLists(**{name: list(islice(given[name], counts[name])) for name in given})))
+        tensors = TensorLists(**{name: list(islice(given[name], counts[name])) for name in given})
+        groups.append(Group(hyper, tensors, keys=list(islice(keys, size))))
     scaling = Scaling(grad_scale, found_inf, grad_norm, None if max_grad_norm < 0 else max_grad_norm, trust_ratios)
     backend = select("auto", lists[0][0].device)
     if update_norms is not None:

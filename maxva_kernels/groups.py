@@ -16,9 +16,30 @@ EPS_MODES = ("paper", "adam")
 MOMENTS = ("exp_avg", "grad_mean", "grad_var", "weight_sum")
 
 
-def state_dtype(param: Tensor) -> torch.dtype:
-    """The dtype of a parameter's state and of its arithmetic: float64 for float64 parameters, else float32."""
+def arithmetic_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's arithmetic, and by default of its state: float64 for float64, else float32."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+# Names stand in parameter groups and so in checkpoints: torch.distributed.checkpoint takes no dtypes there.
+STATE_DTYPES = {None: None, "bfloat16": torch.bfloat16}
+
+
+def state_dtype_name(dtype: torch.dtype | str | None) -> str | None:
+    """The key of `STATE_DTYPES`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name, known in STATE_DTYPES.items():
+        if dtype in (name, known):
+            return name
+    raise ValueError(f"state_dtype must be None or torch.bfloat16, got {dtype!r}")
+
+
+def may_be_state(dtype: torch.dtype, param: Tensor) -> bool:
+    """Whether a parameter's state may have that dtype: that of its arithmetic or, if this is float32, bfloat16."""
+    return dtype == arithmetic_dtype(param) or (dtype == torch.bfloat16 and param.dtype != torch.float64)
 
 
 @dataclass(frozen=True)
@@ -92,9 +113,10 @@ def _require(name: str, value: Any, holds: Callable[[Any], bool], rule: str) -> 
 class TensorLists:
     """The tensors of one group's step, aligned by index; ``max_denoms`` is empty without AMSGrad.
 
-    Parameters and gradients are float32, bfloat16, float16 or float64, moments have `state_dtype` of the parameter and
-    its shape, steps are int64 scalars counting the steps done. Where a gradient is None nothing of that parameter
-    changes: so a GPU's table of pointers can stay as gradients come and go.
+    Parameters and gradients are float32, bfloat16, float16 or float64. A parameter's moments have its shape and one
+    dtype, `arithmetic_dtype` or, where that is float32, bfloat16. Steps are int64 scalars counting the steps done.
+    Where a gradient is None nothing of that parameter changes: so a GPU's table of pointers can stay as gradients come
+    and go.
     """
 
     params: list[Tensor] = field(default_factory=list)
@@ -111,6 +133,7 @@ class Group(NamedTuple):
     hyper: Hyperparameters
     tensors: TensorLists
     number: int = 0  # among the optimizer's groups, of which each device has a part
+    keys: Sequence[int] = ()  # for each parameter, where 16-bit state is to be rounded (rounding.py)
 
 
 class Scaling(NamedTuple):
@@ -145,5 +168,6 @@ def with_gradients(groups: Sequence[Group]) -> Sequence[Group]:
         keep = [i for i, grad in enumerate(tensors.grads) if grad is not None]
         lists = {f.name: getattr(tensors, f.name) for f in fields(TensorLists)}
         kept = {name: [values[i] for i in keep] if values else [] for name, values in lists.items()}
-        present.append(group._replace(tensors=TensorLists(**kept)))
+        keys = [group.keys[i] for i in keep] if group.keys else ()
+        present.append(group._replace(tensors=TensorLists(**kept), keys=keys))
     return [group for group in present if group.tensors.params]

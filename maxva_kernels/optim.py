@@ -12,7 +12,18 @@ from torch.optim import Optimizer
 
 from . import checkpoint, checks, distributed, functional, gpu
 from .backends.registry import select
-from .groups import HYPERPARAMETERS, MOMENTS, Group, Hyperparameters, TensorLists, state_dtype
+from .groups import (
+    HYPERPARAMETERS,
+    MOMENTS,
+    STATE_DTYPES,
+    Group,
+    Hyperparameters,
+    TensorLists,
+    arithmetic_dtype,
+    may_be_state,
+    state_dtype_name,
+)
+from .rounding import tensor_key
 from .statistics import Recorder, StepStatistics
 
 __all__ = ["LaMAdam", "MAdam"]
@@ -47,7 +58,10 @@ _ARGUMENTS = """
         trust_ratio: multiply each parameter's learning rate by its norm over that of its update, weight decay included
             (LAMB); by 1 where one of them is 0. It costs one more read of parameters, gradients and state.
         collect_statistics: have `step` note what `statistics` tells.
-        state_dtype: None is the only choice yet.
+        state_dtype: `torch.bfloat16` keeps the state in half the memory, rounded stochastically; not that of float64
+            parameters, and on a GPU by the reference alone yet. None: float32, or float64 for float64 parameters.
+        rounding_seed: of the random numbers for that. With a parameter's place among all and its count of steps it
+            determines them, so they survive a checkpoint; ranks of data parallel training need the same.
         master_weights: False is the only choice yet.
         differentiable: False is the only choice: the kernels record no graph to differentiate a step by.
         capturable: keep the learning rate in a tensor on the parameters' device, which schedulers update in place, so
@@ -104,6 +118,7 @@ class _MaxVA(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            group["state_dtype"] = state_dtype_name(group["state_dtype"])
             for option in _OWN_OPTIONS:
                 # ZeroRedundancyOptimizer writes all of its arguments into the groups.
                 if group.pop(option, getattr(self, option)) != getattr(self, option):
@@ -112,9 +127,8 @@ class _MaxVA(Optimizer):
             if isinstance(group["lr"], Tensor):  # read now, and not in each step: a GPU would be waited for
                 _hyperparameters({**group, "lr": group["lr"].item()})
             self._place_lr(group)
-            for option, only in (("state_dtype", None), ("master_weights", False)):
-                if group[option] != only:
-                    raise NotImplementedError(f"{option}={group[option]!r} is not implemented yet; use {only!r}")
+            if group["master_weights"]:
+                raise NotImplementedError("master_weights=True is not implemented yet; use False")
             if group["differentiable"]:
                 raise ValueError(
                     "differentiable=True is not supported: the kernels write parameters in place and record no graph; "
@@ -128,6 +142,7 @@ class _MaxVA(Optimizer):
                 g, names = len(self.param_groups) - 1, group.get("param_names")
                 listed = [(g, i, names) for i in range(len(group["params"]))]
                 raise RuntimeError(_name_parameter(str(error), lambda _: listed)) from error
+            _check_state_dtype(group, self.backend)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -224,24 +239,34 @@ class _MaxVA(Optimizer):
         """
         checkpoint.place_steps(self.state)
         groups = []
+        number = -1  # of a parameter among all
         for index, settings in enumerate(self.param_groups):
-            hyper = _hyperparameters(settings)
+            hyper, seed, dtype = (
+                _hyperparameters(settings),
+                settings["rounding_seed"],
+                STATE_DTYPES[settings["state_dtype"]],
+            )
             by_device: dict[torch.device, TensorLists] = {}
+            keys: dict[torch.device, list[int]] = {}
             for param in settings["params"]:
+                number += 1
                 grad = param.grad
                 if grad is None and not self._has_state(param, hyper):
                     continue
                 state = self.state[param]
                 if not state:
                     fresh.append((param, None))
-                    _init_state(param, state)
+                    _init_state(param, state, dtype)
                 if hyper.amsgrad and "max_denom" not in state:
-                    state["max_denom"] = _zeros_like(param)
+                    state["max_denom"] = _zeros_like(param, dtype)
                     fresh.append((param, "max_denom"))
                 lists = by_device.get(param.device)
                 if lists is None:
                     lists = by_device[param.device] = TensorLists()
-                    groups.append(Group(hyper, lists, index))
+                    keys[param.device] = []
+                    groups.append(Group(hyper, lists, index, keys[param.device]))
+                if dtype is not None:
+                    keys[param.device].append(tensor_key(seed, number))
                 lists.params.append(param)
                 lists.grads.append(grad)
                 lists.exp_avgs.append(state["exp_avg"])
@@ -303,6 +328,7 @@ class _MaxVA(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("trust_ratio", False)  # of a checkpoint older than that
+            group.setdefault("rounding_seed", 0)
         checkpoint.unwrap(self.state)
 
 
@@ -337,6 +363,7 @@ class MAdam(_MaxVA):
         trust_ratio: bool = False,
         collect_statistics: bool = False,
         state_dtype: torch.dtype | None = None,
+        rounding_seed: int = 0,
         master_weights: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
@@ -375,6 +402,7 @@ class LaMAdam(_MaxVA):
         trust_ratio: bool = False,
         collect_statistics: bool = False,
         state_dtype: torch.dtype | None = None,
+        rounding_seed: int = 0,
         master_weights: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
@@ -396,14 +424,29 @@ def _hyperparameters(settings: dict[str, Any]) -> Hyperparameters:
     return Hyperparameters(**{name: settings[name] for name in HYPERPARAMETERS})
 
 
-def _init_state(param: Tensor, state: dict[str, Any]) -> None:
+def _check_state_dtype(group: dict[str, Any], backend: str) -> None:
+    dtype = STATE_DTYPES[group["state_dtype"]]
+    if dtype is None:
+        return
+    for index, param in enumerate(group["params"]):
+        if not may_be_state(dtype, param):
+            named = checks.describe(param, "params", index)
+            raise ValueError(f"state_dtype={dtype} is too narrow for {named}; use None in a group of such parameters")
+        runs = select(backend, param.device).NAME
+        if runs in ("cuda", "triton"):
+            raise NotImplementedError(
+                f"state_dtype={dtype} is not implemented for backend={runs!r} yet; use None, or backend='reference'"
+            )
+
+
+def _init_state(param: Tensor, state: dict[str, Any], dtype: torch.dtype | None) -> None:
     state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
     for name in MOMENTS:
-        state[name] = _zeros_like(param)
+        state[name] = _zeros_like(param, dtype)
 
 
-def _zeros_like(param: Tensor) -> Tensor:
-    return torch.zeros_like(param, dtype=state_dtype(param), memory_format=torch.preserve_format)
+def _zeros_like(param: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return torch.zeros_like(param, dtype=dtype or arithmetic_dtype(param), memory_format=torch.preserve_format)
 
 
 def _name_parameter(message: str, listed: Callable[[str], list[tuple[int, int, list[str] | None]]]) -> str:

@@ -101,6 +101,7 @@ def step_key(groups: Sequence[Group]) -> tuple[object, ...]:
         *map(Tensor.data_ptr, joined(groups, "steps")),
         *map(Tensor.numel, operands),
         *map(dtype_of, params),
+        *map(dtype_of, joined(groups, "exp_avgs")),
         *(() if contiguous else map(Tensor.stride, operands)),
     )
 

@@ -15,6 +15,7 @@ OPTIONS = {
     "skip": {"skip_nonfinite": True},
     "AMSGrad, decay": {"amsgrad": True, "weight_decay": 0.1},
     "trust ratio": {"trust_ratio": True, "weight_decay": 0.1, "collect_statistics": True},
+    "16-bit state": {"state_dtype": torch.bfloat16, "amsgrad": True},
     "lr in a tensor": {"lr": torch.tensor(0.01)},
 }
 

@@ -45,8 +45,10 @@ def every_bit() -> tuple[str, dict[str, torch.Tensor]]:
     for algorithm in ALGORITHMS:
         for dtype in DTYPES:
             for option in ("all", "clip", "base"):
-                for name, value in states(run(algorithm, dtype, **OPTIONS[option])):
-                    results[f"{algorithm.__name__} {dtype} {option} {name}"] = value
+                for state_dtype in (None, torch.bfloat16) if dtype != torch.float64 else (None,):
+                    done = run(algorithm, dtype, **OPTIONS[option], state_dtype=state_dtype)
+                    for name, value in states(done):
+                        results[f"{algorithm.__name__} {dtype} {option} {state_dtype} {name}"] = value
     return _ops.cpu_capability(), results
 
 

@@ -11,8 +11,20 @@ from maxva_kernels.recipe import param_groups_weight_decay
 NAMES = ("madam", "lamadam", "adamw", "lamb", "reference")
 
 
-def build(name: str, model: nn.Module, *, lr: float, weight_decay: float, beta2_range, max_grad_norm: float | None):
-    """`max_grad_norm` is for the optimizers that clip inside their step (see `clips`)."""
+STATE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+def build(
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    beta2_range,
+    max_grad_norm: float | None,
+    state_dtype: str = "float32",
+):
+    """`max_grad_norm` is for the optimizers that clip inside their step (see `clips`), `state_dtype` for ours."""
     groups = param_groups_weight_decay(model, weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2_range[1]), fused=True)
@@ -20,7 +32,8 @@ def build(name: str, model: nn.Module, *, lr: float, weight_decay: float, beta2_
         return Lamb(groups, lr=lr, betas=(0.9, beta2_range[1]))
     algorithm = LaMAdam if name == "lamadam" else MAdam
     backend = "reference" if name == "reference" else "auto"
-    return algorithm(groups, lr=lr, beta2_range=beta2_range, max_grad_norm=max_grad_norm, backend=backend)
+    options = {"max_grad_norm": max_grad_norm, "state_dtype": STATE_DTYPES[state_dtype], "backend": backend}
+    return algorithm(groups, lr=lr, beta2_range=beta2_range, **options)
 
 
 def clips(name: str) -> bool:

@@ -57,8 +57,15 @@ def _stepper(name: str, model: nn.Module, settings: Namespace) -> Callable[[], N
     clip = settings.max_grad_norm or None
     inside = clip if optimizers.clips(name) else None
     decay, bounds = settings.weight_decay, tuple(settings.beta2_range)
+    dtype = settings.state_dtype if optimizers.clips(name) else "float32"
     optimizer = optimizers.build(
-        name, copy, lr=settings.lr[-1], weight_decay=decay, beta2_range=bounds, max_grad_norm=inside
+        name,
+        copy,
+        lr=settings.lr[-1],
+        weight_decay=decay,
+        beta2_range=bounds,
+        max_grad_norm=inside,
+        state_dtype=dtype,
     )
 
     def step() -> None:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from gpu_check.table import COPY, UPDATE
 
-from stepbench.shapes import Shapes
+from stepbench.shapes import DTYPES, Shapes
 
 OPTIONS = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
 ADAMW = "AdamW (torch, fused)"  # what the others are compared with
@@ -63,6 +63,7 @@ class Options:
     saturated: bool = False  # MAdam's w is 1, as after some thousand steps
     trust_ratio: bool = False  # of MAdam
     collect_statistics: bool = False
+    state_dtype: str | None = None
 
 
 PLAIN = Options()
@@ -71,6 +72,8 @@ FEATURES = {
     "clip": {"max_grad_norm": 1.0},
     "statistics": {"collect_statistics": True},
     "trust ratio": {"trust_ratio": True},
+    "bfloat16 state": {"state_dtype": "bfloat16"},
+    "bfloat16 state, saturated": {"state_dtype": "bfloat16", "saturated": True},
 }
 
 
@@ -163,10 +166,18 @@ def taking_turns(name: str, make: Make, sets: Sequence[Params], options: Options
 
 
 def ours(name: str, algorithm: Any, backend: str, sets: Sequence[Params], options: Options = PLAIN) -> Contender:
-    """MAdam or LaMAdam by one backend."""
+    """MAdam or LaMAdam by one backend.
+
+    Raises:
+        Missing: the backend does not have that option.
+    """
     settings = {name: value for name, value in asdict(options).items() if name != "saturated"}
+    settings["state_dtype"] = DTYPES[options.state_dtype] if options.state_dtype else None
     settings |= {"backend": backend, **OPTIONS}
-    contender = taking_turns(name, lambda params: algorithm(params, **settings), sets, options)
+    try:
+        contender = taking_turns(name, lambda params: algorithm(params, **settings), sets, options)
+    except NotImplementedError as error:
+        raise Missing(str(error)) from error
     if backend == "reference":  # temporaries are most of what it moves
         contender.bytes, contender.slow = None, True
     return contender

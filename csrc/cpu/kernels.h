@@ -26,12 +26,15 @@ struct TensorStep {
   void* max_denom;    // null without AMSGrad
   DType param_dtype;  // kDouble: state and arithmetic are double, else float
   DType grad_dtype;
+  DType state_dtype;  // that of the arithmetic, or kBFloat16
   Algorithm algorithm;
   EpsMode eps_mode;
   WeightDecay decay_mode;
   Coefficients<float> single;  // the one that belongs to the arithmetic is set
   Coefficients<double> twice;
   StatisticsSums<float>* statistics;  // the record of its first chunk; null: none are taken
+  uint64_t rounding_key;              // of 16-bit state
+  int64_t step;                       // with this one
 };
 
 struct Kernels {

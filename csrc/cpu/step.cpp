@@ -95,6 +95,9 @@ Work prepare(const StepArguments& a) {
       t.max_denom = max_denom == nullptr ? nullptr : flat.data(*max_denom, written);
       t.param_dtype = dtype_of(a.params[i]);
       t.grad_dtype = dtype_of(a.grads[i]);
+      t.state_dtype = dtype_of(a.exp_avgs[i]);
+      t.rounding_key = a.rounding_keys.empty() ? 0 : static_cast<uint64_t>(a.rounding_keys[i]);
+      t.step = step;
       t.algorithm = a.laprop ? Algorithm::kLaMAdam : Algorithm::kMAdam;
       t.eps_mode = a.adam_eps[g] ? EpsMode::kAdam : EpsMode::kPaper;
       t.decay_mode = single.decay_mode;
@@ -160,7 +163,7 @@ void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
           std::vector<int64_t> decoupled_weight_decay, std::vector<int64_t> amsgrad, std::vector<int64_t> maximize,
           std::vector<int64_t> adam_eps, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
           std::optional<Tensor> grad_norm, double max_grad_norm, std::optional<Tensor> trust_ratios,
-          std::optional<Tensor> statistics, std::optional<Tensor> update_norms) {
+          std::vector<int64_t> rounding_keys, std::optional<Tensor> statistics, std::optional<Tensor> update_norms) {
   const StepArguments arguments{std::move(params),      std::move(grads),        std::move(exp_avgs),
                                 std::move(grad_means),  std::move(grad_vars),    std::move(weight_sums),
                                 std::move(max_denoms),  std::move(steps),        laprop,
@@ -169,8 +172,8 @@ void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
                                 std::move(eps),         std::move(weight_decay), std::move(decoupled_weight_decay),
                                 std::move(amsgrad),     std::move(maximize),     std::move(adam_eps),
                                 std::move(grad_scale),  std::move(found_inf),    std::move(grad_norm),
-                                max_grad_norm,          std::move(trust_ratios), std::move(statistics),
-                                std::move(update_norms)};
+                                max_grad_norm,          std::move(trust_ratios), std::move(rounding_keys),
+                                std::move(statistics),  std::move(update_norms)};
   arguments.check();
   if (arguments.found_inf && scalar_value(*arguments.found_inf, "found_inf") != 0) {
     return;  // the gradients overflowed: neither parameters, nor state, nor step counts move

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import checks, layouts, reference
+from .. import checks, layouts, reference, rounding
 from ..groups import Group, Scaling, with_gradients
 from ..statistics import CHUNK, FIELDS, Recorder, is_sampled
 
@@ -48,9 +48,7 @@ def step(groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Reco
             if recorder is not None:
                 _record(recorder, group, i, after, scaling)
             param.copy_(after.theta)
-            moments = (tensors.exp_avgs[i], tensors.grad_means[i], tensors.grad_vars[i], tensors.weight_sums[i])
-            for moment, value in zip(moments, reference.from_paper(after.state), strict=True):
-                moment.copy_(_flush_subnormal(value, moment.dtype))
+            _store(group, i, reference.from_paper(after.state))
             if after.max_denom is not None:
                 tensors.max_denoms[i].copy_(after.max_denom)
 
@@ -113,6 +111,22 @@ def _record(recorder: Recorder, group: Group, i: int, after: reference.Step, sca
     for chunk, (record, its) in enumerate(zip(records, rows.split(CHUNK), strict=False)):
         if is_sampled(chunk):
             record.copy_(its.sum(0))
+
+
+def _store(group: Group, i: int, values: Sequence[Tensor]) -> None:
+    """Writes the moments of parameter ``i`` of a group after a step that has been counted."""
+    tensors = group.tensors
+    moments = (tensors.exp_avgs[i], tensors.grad_means[i], tensors.grad_vars[i], tensors.weight_sums[i])
+    if moments[0].dtype != torch.bfloat16:
+        for moment, value in zip(moments, values, strict=True):
+            moment.copy_(_flush_subnormal(value, moment.dtype))
+        return
+    param = tensors.params[i]
+    strides = layouts.dense_strides(param)
+    random = rounding.random_bits(group.keys[i], int(tensors.steps[i]), param.numel(), param.device)
+    for moment, value, its in zip(moments, values, random, strict=True):
+        its = its.as_strided(param.shape, strides)
+        moment.copy_(rounding.round_stochastically(_flush_subnormal(value, moment.dtype).float(), its))
 
 
 def _grad_factor(scaling: Scaling) -> float | Tensor:

@@ -18,5 +18,6 @@ infinity stay what they are.
 
 from .adam import from_adam
 from .authors import from_authors, to_authors
+from .own import to_state_dtype
 
-__all__ = ["from_adam", "from_authors", "to_authors"]
+__all__ = ["from_adam", "from_authors", "to_authors", "to_state_dtype"]

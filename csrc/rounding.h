@@ -1,0 +1,57 @@
+// Stochastic rounding of the state to 16 bits.
+//
+// Note [Stochastic rounding]
+// A moving average moves by less than half a unit in a bfloat16's last place in nearly every step: rounded to nearest
+// it would stand still. Rounded up with the probability of what is cut off, it is right on average. The random numbers
+// are a function of the tensor's key, the step and the element's place in memory: so they depend neither on who
+// computes an element, nor on when a run was resumed. 16 bits are cut off and as many are drawn, for less would lose
+// updates again: near 1, w moves by a thousandth of its last place.
+#pragma once
+
+#include "float16.h"
+#include "maxva.h"
+
+namespace maxva {
+
+// What the elements of a tensor share in a step.
+struct RoundingKey {
+  uint32_t low, high;
+};
+
+// Random numbers of 16 bits; what is above them is 0.
+struct RandomBits {
+  uint32_t exp_avg, grad_mean, grad_var, weight_sum;
+};
+
+// A bijection that leaves no bit where it was (the finalizer of SplitMix64; Steele et al., 2014).
+MAXVA_FN uint64_t mix(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// `step` is the count of steps with this one. Elements are numbered within `block`, of 2^32 elements each.
+MAXVA_FN RoundingKey rounding_key(uint64_t tensor_key, int64_t step, int64_t block) {
+  const uint64_t key = mix(mix(tensor_key + static_cast<uint64_t>(step)) + static_cast<uint64_t>(block));
+  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+}
+
+// A hash of 32 bits (two rounds of multiplication and shift; the constants are lowbias32's, by Wellons, 2018), which
+// serves two of the four, and times an odd number the others: each is uniform, and no two are correlated.
+MAXVA_FN RandomBits random_bits(RoundingKey key, uint32_t element) {
+  uint32_t x = element + key.low;
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = x ^ key.high;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  x = x ^ (x >> 16);
+  const uint32_t y = x * 0x9e3779b1u;
+  return {x & 0xffffu, x >> 16, y & 0xffffu, y >> 16};
+}
+
+// Infinity stays, and a NaN. `random` has 16 bits.
+MAXVA_FN BFloat16 round_stochastically(float x, uint32_t random) {
+  const uint32_t rounded = (to_bits(x) + random) >> 16;
+  return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+}
+
+}  // namespace maxva

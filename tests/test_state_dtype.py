@@ -1,0 +1,409 @@
+"""State in bfloat16: a step in float32 whose moments are then rounded stochastically, by numbers to be repeated."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import (
+    ALGORITHMS,
+    BASE,
+    OPTIONS,
+    SIZES,
+    assert_same_bits,
+    bits,
+    make_params,
+    needs_cpu_kernels,
+    run,
+    set_grads,
+    states,
+)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+from maxva_kernels import LaMAdam, MAdam, functional, rounding
+from maxva_kernels.convert import to_state_dtype
+from maxva_kernels.groups import MOMENTS, STATE_DTYPES
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import narrow_state
+
+BF16 = torch.bfloat16
+BACKENDS = [pytest.param("cpu", marks=needs_cpu_kernels), "reference"]
+
+
+def params_of(optimizer):
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def as_float32(optimizer):
+    """A copy that keeps its state in float32: exactly the same values."""
+    twin = copy.deepcopy(optimizer)
+    for group in twin.param_groups:
+        group["state_dtype"] = None
+    for entries in twin.state.values():
+        for name in entries:
+            if name != "step":
+                entries[name] = entries[name].float()
+    return twin
+
+
+def rounded(optimizer, seed=0):
+    """What the state of a float32 optimizer is in bfloat16, in memory's order: by name and parameter."""
+    expected = {}
+    for number, param in enumerate(params_of(optimizer)):
+        entries = optimizer.state[param]
+        key = rounding.tensor_key(seed, number)
+        random = rounding.random_bits(key, int(entries["step"]), param.numel())
+        for name, its in zip(MOMENTS, random, strict=True):
+            expected[name, number] = rounding.round_stochastically(flat(entries[name]), its)
+        if "max_denom" in entries:
+            expected["max_denom", number] = flat(entries["max_denom"]).bfloat16()
+    return expected
+
+
+def flat(tensor):
+    """In memory's order."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def assert_is_rounded_step(optimizer, step, dtype=None, **scaling):
+    """One step of an optimizer with 16-bit state is one in float32 from the same values, rounded: bit for bit."""
+    twin = as_float32(optimizer)
+    for each in (optimizer, twin):
+        set_grads(params_of(each), step, dtype=dtype)
+        for name, value in scaling.items():
+            setattr(each, name, value)
+        each.step()
+    expected = rounded(twin, optimizer.param_groups[0]["rounding_seed"])
+    for number, (ours, theirs) in enumerate(zip(params_of(optimizer), params_of(twin), strict=True)):
+        assert torch.equal(bits(ours.detach()), bits(theirs.detach())), number
+        for name in (*MOMENTS, "max_denom")[: 4 + ("max_denom" in optimizer.state[ours])]:
+            value = optimizer.state[ours][name]
+            assert value.dtype == BF16
+            assert torch.equal(bits(flat(value)), bits(expected[name, number])), (name, number)
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("grad_dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("param_dtype", [torch.float32, BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_is_a_step_in_float32_rounded(algorithm, option, param_dtype, grad_dtype):
+    """Guards the conversions in and out of the kernel's blocks, each moment's own random numbers, what is stored for
+    which element, and that no option works on other values than these."""
+    params = make_params(SIZES, dtype=param_dtype)
+    optimizer = algorithm(params, **{**BASE, **OPTIONS[option]}, state_dtype=BF16, rounding_seed=7, backend="cpu")
+    for step in range(4):
+        assert_is_rounded_step(optimizer, step, dtype=grad_dtype)
+
+
+@needs_cpu_kernels
+def test_elements_are_numbered_in_memory():
+    """Guards against numbers by another order than the kernel's walk, or than the tensor lies in."""
+    base = torch.arange(60.0).reshape(3, 4, 5)
+    params = [torch.nn.Parameter(base.permute(order).clone()) for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0))]
+    params += [torch.nn.Parameter(base.permute(2, 1, 0).contiguous().permute(2, 1, 0))]
+    optimizer = MAdam(params, state_dtype=BF16, backend="cpu")
+    reference = MAdam(copy.deepcopy(params), state_dtype=BF16, backend="reference")
+    for step in range(3):
+        assert_is_rounded_step(optimizer, step)
+        set_grads(params_of(reference), step)
+        reference.step()
+    for ours, theirs in zip(params, params_of(reference), strict=True):
+        mine, other = optimizer.state[ours], reference.state[theirs]
+        assert (mine["exp_avg"] == other["exp_avg"]).float().mean() > 0.98
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_reference_agrees(algorithm):
+    """Guards the oracle's rounding: from one state both land on the same bfloat16, but where float32 and float64 lie on
+    either side of the threshold, one in 2^16 / ulps times; there on the neighbour."""
+    optimizer = run(algorithm(make_params((4097,)), **BASE, state_dtype=BF16, backend="cpu"), 0, 5)
+    twin = copy.deepcopy(optimizer)
+    twin.backend = "reference"
+    for each in (optimizer, twin):
+        run(each, 5, 6)
+    for (name, value), (_, other) in zip(states(optimizer), states(twin), strict=True):
+        if value.dtype == BF16:
+            ulps = (bits(value).int() - bits(other).int()).abs()
+            assert ulps.max() <= 1, name
+            assert (ulps > 0).sum() <= 4, name  # expected: 0.3 of 4,097
+
+
+@needs_cpu_kernels
+def test_threads_and_views_change_nothing():
+    """Guards against numbers that depend on who computes an element: one tensor by 1, 2, 3 and 7 threads."""
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            optimizer = MAdam(make_params((70_001, 300_000)), **BASE, state_dtype=BF16, collect_statistics=threads == 2)
+            runs.append(run(optimizer, 0, 3))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert_same_bits(runs[0], other)
+
+
+@needs_cpu_kernels
+def test_special_values():
+    """Guards infinities and NaNs, which random numbers added to their bits would turn into each other or into 0, and
+    values below the smallest normal number, which are stored as 0."""
+    param = torch.nn.Parameter(torch.ones(8))
+    optimizer = MAdam([param], **BASE, state_dtype=BF16, backend="cpu")
+    param.grad = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-39, -1e-30, 3e38, 0.0, 1.0])
+    for _ in range(50):
+        optimizer.step()
+    state = optimizer.state[param]
+    assert state["exp_avg"][:2].tolist() == [torch.inf, -torch.inf]
+    assert all(value[2].isnan() for value in (state["exp_avg"], state["grad_mean"], state["grad_var"]))
+    assert state["grad_mean"][3] == 0
+    assert state["grad_mean"][4] < 0
+    for name in MOMENTS:
+        finite = state[name][3:]
+        assert ((finite.abs() >= torch.finfo(BF16).tiny) | (finite == 0)).all(), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_overflow_leaves_everything(backend):
+    """Guards against rounding a state again that no step has changed."""
+    optimizer = run(MAdam(make_params((600,)), **BASE, state_dtype=BF16, backend=backend), 0, 2)
+    before = {name: value.clone() for name, value in states(optimizer)}
+    optimizer.found_inf, optimizer.grad_scale = torch.ones(()), torch.ones(())
+    run(optimizer, 2, 3)
+    assert all(torch.equal(value, before[name]) for name, value in states(optimizer))
+
+
+def test_no_gradient_keeps_the_key():
+    """Guards against random numbers by a tensor's place among those that have a gradient."""
+    runs = []
+    for without in (False, True):
+        optimizer = MAdam(make_params((5, 500)), **BASE, state_dtype=BF16, rounding_seed=3)
+        first, second = params_of(optimizer)
+        for step in range(3):
+            set_grads([first, second], step)
+            if without:
+                first.grad = None
+            optimizer.step()
+        runs.append({**optimizer.state[second], "param": second.detach()})
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_of_both_kinds(backend):
+    """Guards the keys where only some groups have 16-bit state, and that the others' stays exact."""
+    sizes = ((5, 300), (40,), (3, 600))
+    kinds = (None, BF16, None)
+    together = MAdam(
+        [{"params": make_params(size), "state_dtype": kind} for size, kind in zip(sizes, kinds, strict=True)],
+        **BASE,
+        backend=backend,
+    )
+    wide = MAdam([{"params": make_params(size)} for size in sizes], **BASE, backend=backend)
+    for step in range(3):
+        run(together, step, step + 1)
+        run(wide, step, step + 1)
+    for group, other, kind in zip(together.param_groups, wide.param_groups, kinds, strict=True):
+        for ours, theirs in zip(group["params"], other["params"], strict=True):
+            assert together.state[ours]["grad_var"].dtype == (kind or torch.float32)
+            same = torch.equal(together.state[ours]["exp_avg"], wide.state[theirs]["exp_avg"].to(kind or torch.float32))
+            assert same == (kind is None)
+            assert kind is not None or torch.equal(ours, theirs)
+
+
+def test_functional_form():
+    """Guards the keys of the functional form: those of the optimizer with the same seed."""
+    optimizer = run(MAdam(make_params((5, 700)), **BASE, state_dtype=BF16, rounding_seed=5), 0, 1)
+    params = [param.detach().clone() for param in make_params((5, 700))]
+    lists = [[torch.zeros_like(param, dtype=BF16) for param in params] for _ in range(4)]
+    steps = [torch.tensor(0) for _ in params]
+    grads = [param.grad for param in params_of(optimizer)]
+    functional.madam_(params, grads, *lists, steps, **BASE, rounding_seed=5)
+    for i, param in enumerate(params_of(optimizer)):
+        assert torch.equal(param, params[i])
+        for name, values in zip(MOMENTS, lists, strict=True):
+            assert torch.equal(optimizer.state[param][name], values[i]), name
+
+
+# --- the random numbers ----------------------------------------------------------------------------------------------
+
+
+def test_random_numbers_are_uniform_and_uncorrelated():
+    """Guards the hash: between moments, neighbours, steps and tensors there is no correlation beyond chance (5 standard
+    errors), and each of 256 cells has its share."""
+    count = 2**18
+    numbers = [
+        torch.stack(rounding.random_bits(rounding.tensor_key(seed, tensor), step, count)).double() / 65536 - 0.5
+        for seed, tensor, step in ((0, 0, 1), (0, 0, 2), (0, 1, 1), (1, 0, 1))
+    ]
+    rows = torch.cat([*numbers, *(row.roll(1, 1) for row in numbers), *(row.roll(16, 1) for row in numbers[:1])])
+    error = 1 / count**0.5
+    assert (rows.mean(1).abs() < 5 * error * (1 / 12) ** 0.5).all()
+    correlation = torch.corrcoef(rows) - torch.eye(len(rows))
+    assert correlation.abs().max() < 5 * error
+    for row in torch.cat(numbers):
+        cells = torch.histc(row, 256, -0.5, 0.5)
+        chi_square = ((cells - count / 256) ** 2 / (count / 256)).sum()
+        assert abs(chi_square - 255) < 5 * (2 * 255) ** 0.5
+
+
+def test_rounding_is_right_on_average():
+    """Guards the direction and the size of what is added: the mean over all 2^16 numbers is the value itself."""
+    random = torch.arange(65536)
+    for value in (1.0, -1.003, 3.14159, 1e-30, -(2.0**-126), 0.0):
+        exact = torch.full((65536,), value)
+        assert rounding.round_stochastically(exact, random).double().mean() == pytest.approx(float(exact[0]), rel=1e-9)
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    for number in (0, 1, 65535):
+        result = rounding.round_stochastically(special, torch.full((3,), number)).float()
+        assert torch.equal(result.nan_to_num(7), special.nan_to_num(7))
+
+
+# --- how exact it is -------------------------------------------------------------------------------------------------
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("upper", narrow_state.UPPERS)
+@pytest.mark.parametrize("kind", narrow_state.KINDS)
+def test_root_v_is_unbiased(kind, upper):
+    """Guards the purpose: over 2,000 steps sqrt(v) has a bias of at most 0.1 % (rounded to nearest it is off by tens of
+    percents) and a spread of at most 2 %."""
+    bias, spread = narrow_state.error_of_root_v(kind, upper)
+    assert abs(bias) <= 1e-3
+    assert 1e-3 < spread <= 2e-2  # it is rounded at all
+
+
+@needs_cpu_kernels
+def test_each_bit_halves_the_error():
+    """Guards against an error that is not the rounding's: with each bit more it must fall to a half."""
+    spreads = [
+        narrow_state.error_of_root_v("Gaussian", 0.98, "stochastic", kept, count=4096, steps=400)[1]
+        for kept in (6, 7, 8, 9, 10)
+    ]
+    for wide, narrow in zip(spreads[1:], spreads[:-1], strict=True):
+        assert 0.45 < wide / narrow < 0.55
+    ours = narrow_state.error_of_root_v("Gaussian", 0.98, count=4096, steps=400)[1]
+    assert ours == pytest.approx(spreads[1], rel=0.1)  # bfloat16 has 7
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def saved(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_resumed_run_is_the_run(dtype, backend):
+    """Guards against random numbers that a checkpoint does not bring back, and against state cast when it is loaded."""
+    options = {**BASE, "amsgrad": True, "state_dtype": BF16, "rounding_seed": 11, "backend": backend}
+    through = run(MAdam(make_params(dtype=dtype), **options), 0, 6)
+    first = run(MAdam(make_params(dtype=dtype), **options), 0, 3)
+    params = [torch.nn.Parameter(param.detach().clone()) for param in params_of(first)]
+    second = MAdam(params, **{**options, "rounding_seed": 0})
+    second.load_state_dict(saved(first))
+    assert_same_bits(through, run(second, 3, 6))
+    copies = [copy.deepcopy(first), pickle.loads(pickle.dumps(first))]
+    for other in copies:
+        assert_same_bits(through, run(other, 3, 6))
+
+
+def test_full_state_dict_of_a_distributed_checkpoint():
+    """Guards against a group's entry that torch.distributed.checkpoint does not take, as a dtype is."""
+    model, other = torch.nn.Linear(3, 4), torch.nn.Linear(3, 4)
+    optimizer, loaded = (MAdam(each.parameters(), **BASE, state_dtype=BF16) for each in (model, other))
+    run(optimizer, 0, 2)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    set_optimizer_state_dict(other, loaded, get_optimizer_state_dict(model, optimizer, options=options))
+    other.load_state_dict(model.state_dict())
+    assert_same_bits(optimizer, loaded)
+
+
+def test_state_of_another_dtype_is_converted_when_asked():
+    """Guards against a silent cast, and a message without the way out: in both directions."""
+    narrow, wide = (run(MAdam(make_params((40,)), **BASE, state_dtype=dtype), 0, 3) for dtype in (BF16, None))
+    for source, target in ((narrow, wide), (wide, narrow)):
+        dtype = STATE_DTYPES[target.param_groups[0]["state_dtype"]]
+        before = {name: value.clone() for name, value in states(target)}
+        with pytest.raises(ValueError, match=r"state_dtype=.*to_state_dtype\(state_dict, (None|torch.bfloat16)\)"):
+            target.load_state_dict(source.state_dict())
+        assert all(torch.equal(value, before[name]) for name, value in states(target))
+        target.load_state_dict(to_state_dtype(source.state_dict(), dtype))
+        for (name, value), (_, other) in zip(states(source), states(target), strict=True):
+            if not name.startswith(("params", "step")):
+                assert other.dtype == (dtype or torch.float32)
+                assert torch.equal(other, value.to(other.dtype)), name
+        run(target, 3, 4)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "words"),
+    [
+        (torch.float32, torch.float16, r"state_dtype must be None or torch.bfloat16, got torch.float16"),
+        (torch.float32, "int8", r"state_dtype must be None or torch.bfloat16, got 'int8'"),
+        (torch.float64, BF16, r"state_dtype=torch.bfloat16 is too narrow for params\[0\] .*torch.float64.*use None"),
+    ],
+    ids=str,
+)
+def test_pairs_that_do_not_fit(dtype, state_dtype, words):
+    """Guards against an option accepted and ignored, and against float64 parameters with a state of 8 bits."""
+    with pytest.raises(ValueError, match=words):
+        MAdam(make_params((2,), dtype=dtype), state_dtype=state_dtype)
+    optimizer = LaMAdam(make_params((2,)))
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": make_params((2,), dtype=dtype), "state_dtype": state_dtype})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mixed_state_is_named(backend):
+    """Guards against reading a moment in the dtype of another, and rounding without a key."""
+    params = [torch.ones(3)]
+    zeros = {name: [torch.zeros(3, dtype=BF16)] for name in ("exp_avgs", "grad_means", "grad_vars", "weight_sums")}
+    zeros["grad_vars"] = [torch.zeros(3)]
+    with pytest.raises(RuntimeError, match=r"grad_vars\[0\] .*torch.float32.* must be torch.bfloat16"):
+        functional.madam_(params, [torch.ones(3)], **zeros, steps=[torch.tensor(0)], lr=0.1, backend=backend)
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is float64.* too narrow"):
+        to_state_dtype(run(MAdam(make_params((2,), dtype=torch.float64)), 0, 1).state_dict(), BF16)
+
+
+def test_gpu_backends_say_that_they_cannot_yet(simulated):
+    """Guards against kernels that read 16-bit state as float32: by the optimizer and by the step itself."""
+    with pytest.raises(NotImplementedError, match=rf"state_dtype=torch.bfloat16 .*backend='{simulated.backend}'"):
+        MAdam(make_params((2,)), state_dtype=BF16, backend=simulated.backend)
+    optimizer = MAdam(make_params((20,)), state_dtype=BF16, backend="reference")
+    optimizer.backend = simulated.backend
+    with pytest.raises(RuntimeError, match=r"exp_avgs\[0\] .*bfloat16.* do not round yet"):
+        run(optimizer, 0, 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cast_state_is_no_state_to_round(backend):
+    """Guards an optimizer with float32 state, which another tool has cast, against rounding it from then on."""
+    optimizer = run(MAdam(make_params((20,)), backend=backend), 0, 1)
+    (param,) = params_of(optimizer)
+    for name in MOMENTS:
+        optimizer.state[param][name] = optimizer.state[param][name].bfloat16()
+    with pytest.raises(RuntimeError, match=r"exp_avgs\[0\] .* must be torch.float32 as the state of params\[0\]"):
+        run(optimizer, 1, 2)
