@@ -178,7 +178,7 @@ def draw(record: dict[str, Any]) -> Any:
     right.set(xscale="log", title=r"$|$bias$|$ of $\sqrt{v}$")
     right.set_yticks(range(len(names)), names)
     right.axvline(1e-3, color="0.5", linewidth=0.8)
-    right.legend()
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
