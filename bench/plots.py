@@ -1,4 +1,4 @@
-"""What `nonconvex.py`, `quadratic.py` and `accuracy.py` share: options, colours, and how results are written."""
+"""What the experiments with one figure share: options, colours, and how results are written."""
 
 from __future__ import annotations
 

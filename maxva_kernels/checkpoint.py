@@ -42,11 +42,12 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     for i, group in enumerate(groups):
         _check_group(optimizer, i, group)
     for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
-        saved, wanted = (STATE_DTYPES.get(each.get("state_dtype")) for each in (group, own))
+        saved, wanted = group.get("state_dtype"), own["state_dtype"]
         if saved != wanted:
             raise ValueError(
-                f"param_groups[{i}] of this checkpoint has state_dtype={saved}, but this optimizer has {wanted}; make "
-                f"the optimizer with that, or load maxva_kernels.convert.to_state_dtype(state_dict, {wanted})"
+                f"param_groups[{i}] of this checkpoint has state_dtype={saved!r}, but this optimizer has {wanted!r}; "
+                "make the optimizer with that, or load maxva_kernels.convert.to_state_dtype(state_dict, "
+                f"{STATE_DTYPES[wanted]})"
             )
     saved_ids = list(chain.from_iterable(group["params"] for group in groups))
     params = [

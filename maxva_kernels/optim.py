@@ -241,11 +241,7 @@ class _MaxVA(Optimizer):
         groups = []
         number = -1  # of a parameter among all
         for index, settings in enumerate(self.param_groups):
-            hyper, seed, dtype = (
-                _hyperparameters(settings),
-                settings["rounding_seed"],
-                STATE_DTYPES[settings["state_dtype"]],
-            )
+            hyper, dtype = _hyperparameters(settings), STATE_DTYPES[settings["state_dtype"]]
             by_device: dict[torch.device, TensorLists] = {}
             keys: dict[torch.device, list[int]] = {}
             for param in settings["params"]:
@@ -266,7 +262,7 @@ class _MaxVA(Optimizer):
                     keys[param.device] = []
                     groups.append(Group(hyper, lists, index, keys[param.device]))
                 if dtype is not None:
-                    keys[param.device].append(tensor_key(seed, number))
+                    keys[param.device].append(tensor_key(settings["rounding_seed"], number))
                 lists.params.append(param)
                 lists.grads.append(grad)
                 lists.exp_avgs.append(state["exp_avg"])

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from gpu_check.table import COPY, UPDATE
 
-from stepbench.shapes import DTYPES, Shapes
+from stepbench.shapes import Shapes
 
 OPTIONS = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
 ADAMW = "AdamW (torch, fused)"  # what the others are compared with
@@ -172,7 +172,6 @@ def ours(name: str, algorithm: Any, backend: str, sets: Sequence[Params], option
         Missing: the backend does not have that option.
     """
     settings = {name: value for name, value in asdict(options).items() if name != "saturated"}
-    settings["state_dtype"] = DTYPES[options.state_dtype] if options.state_dtype else None
     settings |= {"backend": backend, **OPTIONS}
     try:
         contender = taking_turns(name, lambda params: algorithm(params, **settings), sets, options)

@@ -63,6 +63,7 @@ Work prepare(const StepArguments& a) {
   const double max_norm = a.grad_norm ? a.max_grad_norm : -1;
   const double* ratios = a.trust_ratios ? static_cast<const double*>(a.trust_ratios->const_data_ptr()) : nullptr;
   auto* statistics = a.statistics ? static_cast<StatisticsSums<float>*>(a.statistics->mutable_data_ptr()) : nullptr;
+  const bool written = !a.update_norms;
 
   Work work(a.params.size(), statistics == nullptr ? kSplit : kStepChunk);
   size_t next_max = 0;
@@ -76,7 +77,7 @@ Work prepare(const StepArguments& a) {
     for (const size_t end = i + a.group_sizes[g]; i < end; ++i) {
       const Tensor* max_denom = a.amsgrad[g] ? &a.max_denoms[next_max++] : nullptr;
       const int64_t step = *static_cast<const int64_t*>(a.steps[i].const_data_ptr()) + 1;
-      if (!a.update_norms) {
+      if (written) {
         *static_cast<int64_t*>(a.steps[i].mutable_data_ptr()) = step;
       }
       const int64_t count = a.params[i].numel();
@@ -84,7 +85,6 @@ Work prepare(const StepArguments& a) {
         continue;
       }
       FlatOperands& flat = work.operands.emplace_back(a.params[i]);
-      const bool written = !a.update_norms;
       TensorStep t{};
       t.param = flat.data(a.params[i], written);
       t.grad = flat.data(a.grads[i], false);

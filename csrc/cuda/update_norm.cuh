@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kUpdateTotalThreads, 1)
       continue;
     }
     const int64_t first = launch.rows[tensor].first_chunk;
-    const int64_t chunks = (launch.rows[tensor].numel + kStepChunk - 1) / kStepChunk;
+    const int64_t chunks = chunks_of(launch.rows[tensor].numel);
     for (int of = 0; of < 2; ++of) {
       T large = 0, medium = 0, small = 0;
       for (int64_t i = threadIdx.x; i < chunks; i += kNormLanes) {
