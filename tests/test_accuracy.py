@@ -6,7 +6,6 @@ The float64 reference keeps its own u~, v~ and w throughout; its error in v is b
 from __future__ import annotations
 
 import math
-import statistics
 import time
 
 import pytest
@@ -129,9 +128,11 @@ def test_moments_never_become_subnormal(backend):
 
 @needs_cpu_kernels
 def test_long_dead_coordinates_cost_no_more_time():
-    """Embedding rows without gradient for thousands of steps: torch's fused AdamW becomes some 20 times slower there.
+    """Embedding rows without gradient for thousands of steps: where moments are subnormal, torch's fused AdamW is up to
+    some 20 times slower, by the processor.
 
-    Bound 3: half of the machine may be busy with something else, a twentieth of the speed is what is looked for.
+    Of all turns the quickest counts: what else runs on the machine only ever adds time, often several times the step's,
+    and subnormals would cost in each of them.
     """
     optimizers = {}
     for name, value in (("alive", 1e-3), ("dead", 1e-39)):
@@ -144,9 +145,9 @@ def test_long_dead_coordinates_cost_no_more_time():
         optimizer.step()  # the checkpoint with the subnormals may be slow, once
         optimizers[name] = optimizer
     times = {name: [] for name in optimizers}
-    for _ in range(15):
+    for _ in range(40):
         for name, optimizer in optimizers.items():
             start = time.perf_counter()
             optimizer.step()
             times[name].append(time.perf_counter() - start)
-    assert statistics.median(times["dead"]) <= 3 * statistics.median(times["alive"])
+    assert min(times["dead"]) <= 2 * min(times["alive"])
