@@ -30,14 +30,15 @@ MAXVA_FN uint64_t mix(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// `step` is the count of steps with this one. Elements are numbered within `block`, of 2^32 elements each.
-MAXVA_FN RoundingKey rounding_key(uint64_t tensor_key, int64_t step, int64_t block) {
-  const uint64_t key = mix(mix(tensor_key + static_cast<uint64_t>(step)) + static_cast<uint64_t>(block));
+// `step` is the count of steps with this one.
+MAXVA_FN RoundingKey rounding_key(uint64_t tensor_key, int64_t step) {
+  const uint64_t key = mix(tensor_key + static_cast<uint64_t>(step));
   return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
 }
 
 // A hash of 32 bits (two rounds of multiplication and shift; the constants are lowbias32's, by Wellons, 2018), which
-// serves two of the four, and times an odd number the others: each is uniform, and no two are correlated.
+// serves two of the four, and times an odd number the others: each is uniform, and no two are correlated. Elements
+// whose places are 2^32 apart have the same numbers, which makes neither of them wrong on average.
 MAXVA_FN RandomBits random_bits(RoundingKey key, uint32_t element) {
   uint32_t x = element + key.low;
   x = (x ^ (x >> 16)) * 0x7feb352du;

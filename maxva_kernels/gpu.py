@@ -47,6 +47,7 @@ class StepLaunch(NamedTuple):
     stream: int
     param_dtype: int  # a number of DTYPE_CODES
     grad_dtype: int
+    state_dtype: int
     laprop: bool
     rows: int  # address of the table
     chunk_rows: int  # address
@@ -159,12 +160,6 @@ def _launch(
 
     def check() -> None:
         checks.check_groups(with_gradients(groups))
-        for i, moment in enumerate(joined(groups, "exp_avgs")):
-            if moment.dtype == torch.bfloat16:
-                raise RuntimeError(
-                    f"maxva: {checks.describe(moment, 'exp_avgs', i)} is a state that the GPU kernels do not round "
-                    "yet; use backend='reference', or state_dtype=None"
-                )
 
     def make() -> StepTable:
         check()
@@ -180,7 +175,7 @@ def _launch(
     grads = _fitting(joined(groups, "grads"), params, table, check)
     stream = current_stream(device)
     _copy_stand_ins(groups, table, back=False)
-    for param_dtype, segment, members in table.segments:
+    for param_dtype, state_dtype, segment, members in table.segments:
         dtype = torch.float64 if param_dtype == torch.float64 else torch.float32
         its_grads = [grads[i] for i in segment.tensors]
         # Kept until the launch: what is converted has no other owner.
@@ -203,6 +198,7 @@ def _launch(
                 stream,
                 DTYPE_CODES[param_dtype],
                 DTYPE_CODES[grad_dtype],
+                DTYPE_CODES[state_dtype],
                 laprop,
                 segment.rows,
                 segment.chunk_rows,

@@ -59,7 +59,7 @@ _ARGUMENTS = """
             (LAMB); by 1 where one of them is 0. It costs one more read of parameters, gradients and state.
         collect_statistics: have `step` note what `statistics` tells.
         state_dtype: `torch.bfloat16` keeps the state in half the memory, rounded stochastically; not that of float64
-            parameters, and on a GPU by the reference alone yet. None: float32, or float64 for float64 parameters.
+            parameters. None: float32, or float64 for float64 parameters.
         rounding_seed: of the random numbers for that. With a parameter's place among all and its count of steps it
             determines them, so they survive a checkpoint; ranks of data parallel training need the same.
         master_weights: False is the only choice yet.
@@ -142,7 +142,7 @@ class _MaxVA(Optimizer):
                 g, names = len(self.param_groups) - 1, group.get("param_names")
                 listed = [(g, i, names) for i in range(len(group["params"]))]
                 raise RuntimeError(_name_parameter(str(error), lambda _: listed)) from error
-            _check_state_dtype(group, self.backend)
+            _check_state_dtype(group)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -420,7 +420,7 @@ def _hyperparameters(settings: dict[str, Any]) -> Hyperparameters:
     return Hyperparameters(**{name: settings[name] for name in HYPERPARAMETERS})
 
 
-def _check_state_dtype(group: dict[str, Any], backend: str) -> None:
+def _check_state_dtype(group: dict[str, Any]) -> None:
     dtype = STATE_DTYPES[group["state_dtype"]]
     if dtype is None:
         return
@@ -428,11 +428,6 @@ def _check_state_dtype(group: dict[str, Any], backend: str) -> None:
         if not may_be_state(dtype, param):
             named = checks.describe(param, "params", index)
             raise ValueError(f"state_dtype={dtype} is too narrow for {named}; use None in a group of such parameters")
-        runs = select(backend, param.device).NAME
-        if runs in ("cuda", "triton"):
-            raise NotImplementedError(
-                f"state_dtype={dtype} is not implemented for backend={runs!r} yet; use None, or backend='reference'"
-            )
 
 
 def _init_state(param: Tensor, state: dict[str, Any], dtype: torch.dtype | None) -> None:

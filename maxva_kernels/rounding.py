@@ -19,28 +19,24 @@ def mix(x: int) -> int:
 
 
 def tensor_key(seed: int, number: int) -> int:
-    """The key of an optimizer's parameter of that number, a signed integer of 64 bits."""
-    key = mix((mix(seed & _MASK) + number) & _MASK)
-    return key - 2**64 if key >= 2**63 else key
+    """The key of an optimizer's parameter of that number, a signed integer of 64 bits.
+
+    Steps count on from a key, so keys must be far apart: multiples of these odd numbers are.
+    """
+    return ((seed * 0xD1342543DE82EF95 + number * 0x9E3779B97F4A7C15 + 2**63) & _MASK) - 2**63
 
 
-def random_bits(key: int, step: int, numel: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
-    """For momentum, mean, variance and weight sum 16 random bits each, int64 of shape [numel], in memory's order.
+def random_bits(key: int, step: int, elements: Tensor) -> tuple[Tensor, ...]:
+    """For momentum, mean, variance and weight sum 16 random bits each, int64 in the shape of ``elements``.
 
     Args:
         key: of the tensor.
         step: the count of steps with this one.
-        numel: how many elements the tensor has.
+        elements: their places in the tensor's memory, int64.
     """
-    blocks = range(max(1, -(-numel >> 32)))
-    parts = [_of_block(key, step, block, min(numel - block * 2**32, 2**32), device) for block in blocks]
-    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
-
-
-def _of_block(key: int, step: int, block: int, numel: int, device: torch.device | None) -> tuple[Tensor, ...]:
-    shared = mix((mix((key + step) & _MASK) + block) & _MASK)
+    shared = mix((key + step) & _MASK)
     low, high = shared & 0xFFFFFFFF, shared >> 32
-    x = (torch.arange(numel, device=device) + low) & 0xFFFFFFFF
+    x = (elements + low) & 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = x ^ high
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF

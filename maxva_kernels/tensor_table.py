@@ -28,7 +28,7 @@ STATE_LISTS = ("exp_avgs", "grad_means", "grad_vars", "weight_sums")
 # The columns of a step's table, as csrc/cuda/launch.h (StepRow) and the Triton kernels read them.
 STEP_COLUMNS = (
     *("param", "exp_avg", "grad_mean", "grad_var", "weight_sum", "max_denom", "step"),  # addresses
-    *("numel", "group", "first_chunk"),
+    *("numel", "group", "first_chunk", "rounding_key"),
 )
 # And of the norm's (NormRow).
 NORM_COLUMNS = ("numel", "first_chunk", "first_sum")
@@ -71,9 +71,11 @@ class Segment:
 
 @dataclass
 class StepTable:
-    """The tables of one step: for each parameter dtype as many segments as it takes launches."""
+    """The tables of one step: for each pair of dtypes, a parameter's and its state's, as many segments as it takes
+    launches."""
 
-    segments: list[tuple[torch.dtype, Segment, range]] = field(default_factory=list)  # and which groups it has
+    # And which groups it has.
+    segments: list[tuple[torch.dtype, torch.dtype, Segment, range]] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)  # of each parameter
     strides: list[tuple[int, ...]] = field(default_factory=list)  # in which its operands must lie
     contiguous: bool = True  # whether these are the usual ones
@@ -102,6 +104,7 @@ def step_key(groups: Sequence[Group]) -> tuple[object, ...]:
         *map(Tensor.numel, operands),
         *map(dtype_of, params),
         *map(dtype_of, joined(groups, "exp_avgs")),
+        *(key for group in groups for key in group.keys),
         *(() if contiguous else map(Tensor.stride, operands)),
     )
 
@@ -112,6 +115,7 @@ def make_step_table(groups: Sequence[Group], chunk: int, max_tensors: int, max_g
     params = joined(groups, "params")
     lists = {name: joined(groups, name) for name in ("params", *STATE_LISTS, "max_denoms", "steps")}
     group_of = [g for g, group in enumerate(groups) for _ in group.tensors.params]
+    keys = [key for group in groups for key in group.keys or [0] * len(group.tensors.params)]
     with_max = [i for i, g in enumerate(group_of) if groups[g].hyper.amsgrad]
     max_index = {i: j for j, i in enumerate(with_max)}
 
@@ -133,11 +137,12 @@ def make_step_table(groups: Sequence[Group], chunk: int, max_tensors: int, max_g
         rows.append(
             [address(name, i, strides) for name in ("params", *STATE_LISTS)]
             + [address("max_denoms", max_index[i], strides) if i in max_index else 0]
-            + [lists["steps"][i].data_ptr(), param.numel(), group_of[i], 0]
+            + [lists["steps"][i].data_ptr(), param.numel(), group_of[i], 0, keys[i]]
         )
 
-    for dtype in dict.fromkeys(param.dtype for param in params):
-        of_dtype = [i for i, param in enumerate(params) if param.dtype == dtype]
+    dtypes = list(zip(map(dtype_of, params), map(dtype_of, lists["exp_avgs"]), strict=True))
+    for pair in dict.fromkeys(dtypes):
+        of_dtype = [i for i, its in enumerate(dtypes) if its == pair]
         while of_dtype:
             first_group = group_of[of_dtype[0]]
             taken = [i for i in of_dtype[:max_tensors] if group_of[i] < first_group + max_groups]
@@ -149,9 +154,9 @@ def make_step_table(groups: Sequence[Group], chunk: int, max_tensors: int, max_g
                 rows[i][STEP_COLUMNS.index("first_chunk")] = first
                 first += count
             segment = Segment(taken, [rows[i] for i in taken], counts, params[0].device)
-            table.segments.append((dtype, segment, range(first_group, group_of[taken[-1]] + 1)))
+            table.segments.append((*pair, segment, range(first_group, group_of[taken[-1]] + 1)))
     if len(table.segments) > 1:
-        for _, segment, _ in table.segments:
+        for *_, segment, _ in table.segments:
             segment.is_part(params[0].device)
     return table
 

@@ -61,11 +61,11 @@ def module(source: str, arch: str = ARCH) -> tuple[Module, dict[str, str]]:
     return parsed, dict(zip(names, mangled, strict=True))
 
 
-def step_entry(param: int, grad: int, laprop: bool, statistics: bool = False) -> tuple[str, str]:
+def step_entry(param: int, grad: int, state: int, laprop: bool, statistics: bool = False) -> tuple[str, str]:
     """The source and the C++ name of the step kernel for these dtype codes."""
-    source = {0: "step_float", 1: "step_double", 2: "step_half", 3: "step_bfloat16"}[param]
+    source = {0: "step_float", 1: "step_double", 2: "step_half", 3: "step_bfloat16"}[param] + "_rounded" * (state == 3)
     arithmetic = "double" if param == 1 else "float"
-    names = [f"(maxva::Algorithm){int(laprop)}", arithmetic, TYPE_NAMES[param], TYPE_NAMES[grad]]
+    names = [f"(maxva::Algorithm){int(laprop)}", arithmetic, *(TYPE_NAMES[code] for code in (param, grad, state))]
     return source, f"step_kernel<{', '.join(names)}, {str(statistics).lower()}>"
 
 
@@ -73,7 +73,7 @@ class StepInput(ctypes.Structure):
     """csrc/cuda/arguments.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("param_dtype", "grad_dtype")),
+        *((name, ctypes.c_int64) for name in ("param_dtype", "grad_dtype", "state_dtype")),
         *((name, ctypes.c_uint64) for name in ("rows", "chunk_rows")),
         ("chunks", ctypes.c_int64),
         *((name, ctypes.c_uint64) for name in ("ticket", "grad_scale", "found_inf", "grad_norm")),
@@ -131,7 +131,8 @@ class SimulatedLauncher(Simulation):
         pass
 
     def step(self, launch):
-        entry = step_entry(launch.param_dtype, launch.grad_dtype, launch.laprop, launch.statistics != 0)
+        dtypes = (launch.param_dtype, launch.grad_dtype, launch.state_dtype)
+        entry = step_entry(*dtypes, launch.laprop, launch.statistics != 0)
         self._run(*entry, constant("step_threads"), launch.chunks, [self._fill(launch)], step_ranges(launch))
 
     def update_norms(self, launch):
@@ -144,7 +145,8 @@ class SimulatedLauncher(Simulation):
     def _fill(self, launch):
         tensors, group_count = len(launch.grads) // 8, len(launch.groups) // constant("packed_group_bytes")
         given = StepInput(
-            launch.param_dtype, launch.grad_dtype, launch.rows, launch.chunk_rows, launch.chunks, launch.ticket,
+            launch.param_dtype, launch.grad_dtype, launch.state_dtype,
+            launch.rows, launch.chunk_rows, launch.chunks, launch.ticket,
             launch.grad_scale, launch.found_inf, launch.grad_norm,
             launch.trust_ratios, launch.statistics, launch.squares, launch.norms, launch.max_grad_norm,
             launch.groups, group_count, launch.grads, tensors,

@@ -99,13 +99,13 @@ def trace(machine, function):
 # --- the CPU's bits --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pair", few(same_bits.PAIRS), ids=lambda pair: "-".join(str(d).split(".")[1] for d in pair))
+@pytest.mark.parametrize("kind", few(same_bits.KINDS), ids=lambda kind: "-".join(str(d).split(".")[-1] for d in kind))
 @pytest.mark.parametrize("algorithm", few(ALGORITHMS, 1))
-def test_option_table_gives_the_cpus_bits(algorithm, pair, machine):
+def test_option_table_gives_the_cpus_bits(algorithm, kind, machine):
     """Guards every kernel on this GPU's own code, the conversions, and each mode: all options, sizes around chunks."""
-    options = few(same_bits.options_of(pair), 1)
+    options = few(same_bits.options_of(kind), 1)
     sizes = None if REAL else (0, 3, 33, 8200)
-    found = [same_bits.check(algorithm, option, *pair, machine.device, machine.backend, sizes) for option in options]
+    found = [same_bits.check(algorithm, option, *kind, machine.device, machine.backend, sizes) for option in options]
     assert not any(found), "\n".join(itertools.chain(*found))
 
 

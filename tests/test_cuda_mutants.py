@@ -146,7 +146,7 @@ class Scenario:
     def _make_arguments(self, rates_by_address: bool, skipped: int) -> None:
         """What `SimulatedLauncher.step` is given."""
         self.table = make_step_table(self.groups, CHUNK, 2900, 64)
-        ((_, segment, _),) = self.table.segments
+        ((_, state_dtype, segment, _),) = self.table.segments
         self.ticket = segment._memory[(segment.ticket - segment.rows) // 8]
         packed, _ = gpu._pack([group.hyper for group in self.groups], torch.float32, torch.device("cpu"))
         self.rates = torch.tensor([group.hyper.lr for group in self.groups])
@@ -172,7 +172,7 @@ class Scenario:
             ratios = self.ratios = ratios.to(torch.float64 if self.param_dtype == torch.float64 else torch.float32)
         scalars = (self.scaling.grad_scale, self.scaling.found_inf, self.scaling.grad_norm)
         self.launch = gpu.StepLaunch(
-            *(0, 0, gpu.DTYPE_CODES[self.param_dtype], gpu.DTYPE_CODES[self.grad_dtype], self.laprop),
+            *(0, 0, *(gpu.DTYPE_CODES[d] for d in (self.param_dtype, self.grad_dtype, state_dtype)), self.laprop),
             *(segment.rows, segment.chunk_rows, segment.chunks, segment.ticket, packed, grads.tobytes()),
             *(0 if scalar is None else scalar.data_ptr() for scalar in scalars),
             *(0 if ratios is None else ratios.data_ptr(), 0, 0, 0),  # neither statistics nor norms
@@ -228,7 +228,7 @@ def scenarios(variant: tuple[torch.dtype, torch.dtype, bool]) -> list[Scenario]:
 def entry_alone(variant: tuple[torch.dtype, torch.dtype, bool]) -> tuple[str, str, str]:
     """The source's name, its PTX without other kernels, which makes parsing cheap, and the kernel's name in it."""
     param_dtype, grad_dtype, laprop = variant
-    source, name = step_entry(gpu.DTYPE_CODES[param_dtype], gpu.DTYPE_CODES[grad_dtype], laprop)
+    source, name = step_entry(*(gpu.DTYPE_CODES[d] for d in (param_dtype, grad_dtype, torch.float32)), laprop)
     mangled = module(source)[1][name]
     head, *entries = re.split(r"(?=^\.visible \.entry)", ptx(source), flags=re.M)
     return source, head + next(text for text in entries if re.match(rf"\.visible \.entry {mangled}\b", text)), mangled

@@ -11,25 +11,28 @@ import pytest
 from sass import Code, needs_cuobjdump, read, run
 from simulated_cuda import CSRC, NVCC_FLAGS, needs_nvcc
 
-SOURCES = ("step_float", "step_bfloat16", "step_half", "step_double", "grad_norm", "update_norm")
-ARCHS = ("sm_80", "sm_90", "sm_100")
+# What is compiled for which architecture: all for these, but of the kernels that round their state, which take long,
+# those of one parameter dtype (float16 differs from bfloat16 in a conversion).
+SOURCES = ("step_float", "step_bfloat16", "step_half", "step_double", "grad_norm", "update_norm", "step_float_rounded")
+BUILDS = {"sm_80": SOURCES, "sm_90": (*SOURCES, "step_bfloat16_rounded"), "sm_100": SOURCES}
 # One machine language with one of the above, or older: for these the kernels that people use most.
-OTHER_ARCHS = ("sm_75", "sm_86", "sm_89", "sm_120")
-OTHER_SOURCES = ("step_float", "step_bfloat16")
+BUILDS |= {arch: ("step_float", "step_bfloat16") for arch in ("sm_75", "sm_86", "sm_89")}
+BUILDS |= {"sm_120": ("step_float", "step_bfloat16", "step_float_rounded")}
+KERNELS = {"step_double": 4, "grad_norm": 7 + 2, "update_norm": 4 + 2}  # of a source; of the others 12
 
 # Of a thread. A multiprocessor has 65,536, for three blocks of 256 threads, or two where an operand is not float32.
 REGISTERS = {"step_kernel float32": 80, "step_kernel": 128, "norm_chunks_kernel": 96, "norm_total_kernel": 64}
 REGISTERS |= {"update_chunks_kernel": 168, "update_total_kernel": 64}
 
-# For one float32 element, the most. At 3.35 TB/s and 44 bytes an element, an H100 has time for some 390: it has 132
-# multiprocessors of 128 lanes and runs at 1.755 GHz.
-INSTRUCTIONS = 160
+# For one element, the most, by the state's type. At 3.35 TB/s and 44 or 28 bytes an element, an H100 has time for some
+# 390 or 250: it has 132 multiprocessors of 128 lanes and runs at 1.755 GHz.
+INSTRUCTIONS = {"float": 160, "BFloat16": 225}
 
 pytestmark = [needs_nvcc, needs_cuobjdump]
 
 
 def _compile(source: str, arch: str, folder: Path) -> list[Code]:
-    """The kernels of csrc/cuda/{source}.cu, under names like "step_kernel<0, float, float, BFloat16>"."""
+    """The kernels of csrc/cuda/{source}.cu, under names like "step_kernel<0, float, float, BFloat16, float, false>"."""
     cubin = folder / f"{source}.{arch}.cubin"
     run("nvcc", *NVCC_FLAGS, f"-arch={arch}", "-cubin", str(CSRC / "cuda" / f"{source}.cu"), "-o", str(cubin))
     codes = read(cubin)
@@ -43,8 +46,7 @@ def _compile(source: str, arch: str, folder: Path) -> list[Code]:
 def compiled(tmp_path_factory):
     """(architecture, kernel) for all kernels."""
     folder = tmp_path_factory.mktemp("sass")
-    jobs = [(source, arch) for arch in ARCHS for source in SOURCES]
-    jobs += [(source, arch) for arch in OTHER_ARCHS for source in OTHER_SOURCES]
+    jobs = [(source, arch) for arch, sources in BUILDS.items() for source in sources]
     with ThreadPoolExecutor(2) as pool:
         codes = pool.map(lambda job: [(job[1], code) for code in _compile(*job, folder)], jobs)
         return [pair for some in codes for pair in some]
@@ -53,36 +55,39 @@ def compiled(tmp_path_factory):
 def test_every_kernel_is_there(compiled):
     """Guards the parsing that the other tests rest on."""
     names = Counter(arch for arch, code in compiled)
-    assert all(names[arch] == 2 * 20 + 7 + 2 + 4 + 2 for arch in ARCHS), names
-    assert all(names[arch] == 2 * 12 for arch in OTHER_ARCHS), names
+    expected = {arch: sum(KERNELS.get(source, 12) for source in sources) for arch, sources in BUILDS.items()}
+    assert names == expected
     assert all(len(code.opcodes) > 100 and code.count("EXIT") for _, code in compiled)
 
 
 def test_no_local_memory(compiled):
-    """Guards against spilled registers and arrays that the compiler could not keep in registers."""
+    """Guards against spilled registers and arrays that the compiler could not keep in registers. On sm_120, whose
+    multiprocessors have little bandwidth to fill, ptxas spills up to six of the kernels that round their state."""
     for arch, code in compiled:
-        assert not code.uses_local_memory, (arch, code.name, code.stack)
+        allowed = 24 if arch == "sm_120" and re.search(r"BFloat16, \w+>$", code.name) else 0
+        assert code.stack <= allowed, (arch, code.name, code.stack)
+        assert code.stack or not code.uses_local_memory, (arch, code.name)
 
 
 def test_registers(compiled):
     """Guards the number of threads that a multiprocessor holds."""
     for arch, code in compiled:
-        all_float = re.fullmatch(r"step_kernel<[01], float, float, float, \w+>", code.name)
+        all_float = re.fullmatch(r"step_kernel<[01], float, float, float, float, \w+>", code.name)
         budget = REGISTERS[code.name.split("<")[0] + " float32" * bool(all_float)]
         assert code.registers <= budget, (arch, code.name, code.registers)
 
 
 def test_accesses_are_128_bits_wide(compiled):
     """Guards against a body that the compiler cut in narrower loads or stores: each operand, once in each slice of
-    float32 state, must be a 128-bit access, and all accesses must be to global memory by name."""
+    the state, must be a 128-bit access, and all accesses must be to global memory by name."""
     for arch, code in compiled:
         assert code.count(r"LD\.", r"ST\.", r"LD$", r"ST$") == 0, f"{arch} {code.name}: generic accesses"
         if not code.name.startswith("step_kernel"):
             continue
-        _, arithmetic, param, grad = re.findall(r"\w+", code.name.split("<")[1])[:4]
+        param, grad, of_state = re.findall(r"\w+", code.name.split("<")[1])[2:5]
         size = {"float": 4, "double": 8, "Half": 2, "BFloat16": 2}
-        width = 16 // min(size[param], size[grad])
-        state = 5 * width * size[arithmetic] // 16  # with AMSGrad
+        width = 16 // min(size[param], size[grad], size[of_state])
+        state = 5 * width * size[of_state] // 16  # with AMSGrad
         in_out = width * size[param] // 16
         assert code.count(r"LDG\.E.*\.128") >= state + in_out + width * size[grad] // 16, (arch, code.name)
         assert code.count(r"STG\.E.*\.128") >= state + in_out, (arch, code.name)
@@ -106,10 +111,12 @@ def test_no_fused_multiply_add_of_ours(compiled):
 
 def test_instructions_for_an_element(compiled):
     """Guards the step against becoming bound by instructions: those between a float32 kernel's last load of a packet
-    and its first store of one, which are all of the update of four elements (and some narrow loads, depending on the
-    architecture), without the slow paths of divisions and roots."""
+    and its first store of one, which are all of the update of a slice's elements (and some narrow loads, depending on
+    the architecture), without the slow paths of divisions and roots."""
     for arch, code in compiled:
-        if re.match(r"step_kernel<[01], float, float, float, false>", code.name):
+        if match := re.match(r"step_kernel<[01], float, float, float, (\w+), false>", code.name):
             last_load = max(i for i, opcode in enumerate(code.opcodes) if re.match(r"LDG\.E.*\.128", opcode))
             first_store = min(i for i, opcode in enumerate(code.opcodes) if re.match(r"STG\.E.*\.128", opcode))
-            assert 50 < (first_store - last_load) / 4 <= INSTRUCTIONS, (arch, code.name, first_store - last_load)
+            elements = 4 if match[1] == "float" else 8
+            found = (first_store - last_load) / elements
+            assert 50 < found <= INSTRUCTIONS[match[1]], (arch, code.name, found)

@@ -124,10 +124,10 @@ def check_speed_has_all_contenders(records, folder):
     ]
     for case in cases:
         results = {result["name"]: result for result in case["results"]}
-        ours = {f"{name}{clip}" for name in ("MAdam", "LaMAdam") for clip in ("", ", clipped")}
+        ours = {f"{name}{kind}" for name in ("MAdam", "LaMAdam") for kind in ("", ", clipped", ", bfloat16 state")}
         assert {*ours, contenders.ADAMW, "AdamW (torch, foreach)", contenders.COPY, contenders.UPDATE} <= results.keys()
-        moved = {"float32": (44, 48, 28), "bfloat16": (38, 40, 14)}[case["dtype"]]
-        names = ("MAdam", "MAdam, clipped", contenders.ADAMW)
+        moved = {"float32": (44, 48, 28, 28), "bfloat16": (38, 40, 22, 14)}[case["dtype"]]
+        names = ("MAdam", "MAdam, clipped", "MAdam, bfloat16 state", contenders.ADAMW)
         assert [results[name]["bytes_per_parameter"] for name in names] == list(moved)
         for result in results.values():
             assert result["min"] <= result["ms"] <= result["max"]

@@ -23,24 +23,27 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_PAIRS = [*((param, grad) for param in FLOATS for grad in FLOATS), (torch.float64, torch.float64)]
 CONVERTED_PAIRS = [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)]
 
-VARIANTS = [(torch.float32, torch.float32, option) for option in OPTIONS]
-VARIANTS += [(*pair, o) for pair in KERNEL_PAIRS[1:] + CONVERTED_PAIRS for o in ("base", "all")]
+VARIANTS = [(torch.float32, torch.float32, None, option) for option in OPTIONS]
+VARIANTS += [(*pair, None, o) for pair in KERNEL_PAIRS[1:] + CONVERTED_PAIRS for o in ("base", "all")]
+VARIANTS += [(torch.float32, torch.float32, torch.bfloat16, option) for option in OPTIONS]
+VARIANTS += [(*pair, torch.bfloat16, "all") for pair in KERNEL_PAIRS[1:-1]]
 
 
-@pytest.mark.parametrize(("param_dtype", "grad_dtype", "option"), VARIANTS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("param_dtype", "grad_dtype", "state_dtype", "option"), VARIANTS, ids=lambda value: str(value))
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_variant_gives_the_cpus_bits(algorithm, param_dtype, grad_dtype, option, simulated):
-    """Guards each instantiation of the kernel and each mode in it: a wrong formula, conversion, flag or coefficient."""
+def test_every_variant_gives_the_cpus_bits(algorithm, param_dtype, grad_dtype, state_dtype, option, simulated):
+    """Guards each instantiation of the kernel and each mode in it: a wrong formula, conversion, flag or coefficient,
+    and random numbers of another element, step or tensor."""
     simulated.blocks = len(SIZES)  # together, which is faster
-    pair = with_twin(
-        algorithm(make_params(dtype=param_dtype), backend=simulated.backend, **{**BASE, **OPTIONS[option]})
-    )
+    options = {**BASE, **OPTIONS[option], "state_dtype": state_dtype, "rounding_seed": -5}
+    pair = with_twin(algorithm(make_params(dtype=param_dtype), backend=simulated.backend, **options))
     for step in range(3):
         step_both(pair, step, dtype=grad_dtype)
     if simulated.backend == "triton":
         return
     taken = param_dtype if torch.float64 in (param_dtype, grad_dtype) else grad_dtype
-    _, entry = step_entry(gpu.DTYPE_CODES[param_dtype], gpu.DTYPE_CODES[taken], algorithm is LaMAdam)
+    state = state_dtype or (torch.float64 if param_dtype == torch.float64 else torch.float32)
+    _, entry = step_entry(*(gpu.DTYPE_CODES[dtype] for dtype in (param_dtype, taken, state)), algorithm is LaMAdam)
     assert {launch.kernel for launch in simulated.launches if launch.kernel.startswith("step")} == {entry}
 
 
@@ -60,13 +63,16 @@ def test_groups_keep_their_own_modes(simulated):
 SPECIAL = (0.5, torch.nan, torch.inf, -torch.inf, -0.5, 3e38, -1e25, 1e-30, 1e-45, 0.0, -0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"), [*((dtype, None) for dtype in DTYPES), (torch.float32, torch.bfloat16)], ids=str
+)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_special_values(algorithm, dtype, simulated):
-    """Guards the side that a NaN takes in each comparison, the flush of subnormals, and signs of zero."""
+def test_special_values(algorithm, dtype, state_dtype, simulated):
+    """Guards the side that a NaN takes in each comparison, the flush of subnormals, signs of zero, and the rounding of
+    what is no finite number."""
     values = torch.tensor(SPECIAL, dtype=torch.float64)
     params = [torch.nn.Parameter(torch.cat([torch.ones(len(values)), values, -values]).to(dtype)) for _ in range(2)]
-    pair = with_twin(algorithm(params, backend=simulated.backend, **BASE, amsgrad=True))
+    pair = with_twin(algorithm(params, backend=simulated.backend, **BASE, amsgrad=True, state_dtype=state_dtype))
     for step in range(4):
         for optimizer in pair:
             for i, param in enumerate(optimizer.param_groups[0]["params"]):
@@ -111,11 +117,13 @@ def check_conversions(dtype: torch.dtype, launcher: Simulation) -> None:
         assert_same_bits(*pair)
 
 
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_100"])
-def test_other_architectures(arch, simulate_cuda):
+def test_other_architectures(arch, state_dtype, simulate_cuda):
     """Guards code that depends on the architecture: nvcc makes other PTX for each."""
     launcher = simulate_cuda(arch=arch, blocks=len(SIZES))
-    pair = with_twin(LaMAdam(make_params(dtype=torch.bfloat16), backend=launcher.backend, **{**BASE, **OPTIONS["all"]}))
+    options = {**BASE, **OPTIONS["all"], "state_dtype": state_dtype}
+    pair = with_twin(LaMAdam(make_params(dtype=torch.bfloat16), backend=launcher.backend, **options))
     for step in range(3):
         step_both(pair, step)
 

@@ -10,7 +10,7 @@ import torch
 from cases import BASE, assert_same_bits, bits, make_params, needs_cpu_kernels, set_grads
 from twins import at_offset, step_both, with_twin
 
-from maxva_kernels import LaMAdam, MAdam, functional, gpu
+from maxva_kernels import LaMAdam, MAdam, functional, gpu, rounding
 from maxva_kernels.groups import MOMENTS, Hyperparameters
 
 pytestmark = needs_cpu_kernels
@@ -125,25 +125,28 @@ def test_mixed_dtypes(simulated):
     assert [name.split("_kernel")[0] for name in kernels[:5]] == ["norm_chunks"] * 4 + ["norm_total"]
 
 
+KEY = -(2**62) - 12345  # of the state's rounding
 FAR = [
-    # parameter, gradient, beginning of the operands, the gradient's own, chunks
-    (torch.float32, torch.float32, 0, 0, 1),
-    (torch.float32, torch.float32, 3, 3, 2),
-    (torch.float32, torch.float32, 0, 1, 2),
-    (torch.bfloat16, torch.bfloat16, 5, 5, 1),
-    (torch.float16, torch.float32, 2, 3, 1),
-    (torch.float64, torch.float64, 1, 1, 2),
+    # parameter, gradient, state, beginning of the operands, the gradient's own, chunks
+    (torch.float32, torch.float32, torch.float32, 0, 0, 1),
+    (torch.float32, torch.float32, torch.float32, 3, 3, 2),
+    (torch.float32, torch.float32, torch.float32, 0, 1, 2),
+    (torch.bfloat16, torch.bfloat16, torch.float32, 5, 5, 1),
+    (torch.float16, torch.float32, torch.float32, 2, 3, 1),
+    (torch.float64, torch.float64, torch.float64, 1, 1, 2),
+    (torch.float32, torch.float32, torch.bfloat16, 3, 3, 1),
+    (torch.float32, torch.bfloat16, torch.bfloat16, 1, 2, 1),
 ]
 
 
 @pytest.mark.parametrize("numel", [2**31 + 100, 2**32 - 1, 2**33 + 5000])
-@pytest.mark.parametrize(("param_dtype", "grad_dtype", "offset", "grad_offset", "chunks"), FAR, ids=str)
-def test_indices_beyond_32_bits(param_dtype, grad_dtype, offset, grad_offset, chunks, numel, simulated):
+@pytest.mark.parametrize(("param_dtype", "grad_dtype", "state", "offset", "grad_offset", "chunks"), FAR, ids=str)
+def test_indices_beyond_32_bits(param_dtype, grad_dtype, state, offset, grad_offset, chunks, numel, simulated):
     """Guards the arithmetic of indices and addresses: the last chunks of a tensor that is larger than memory, of which
     no more than them is there. Its row says that its chunks began long before this launch's."""
     before = -(-numel // CHUNK) - chunks
     packets = offset == grad_offset
-    width = 16 // min(param_dtype.itemsize, grad_dtype.itemsize)
+    width = 16 // min(param_dtype.itemsize, grad_dtype.itemsize, state.itemsize)
     start = before * CHUNK - (offset % width if packets else 0)
     count = numel - start
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +155,7 @@ def test_indices_beyond_32_bits(param_dtype, grad_dtype, offset, grad_offset, ch
         return torch.rand(count, generator=generator, dtype=torch.float64).add(0.1).to(dtype)
 
     wide = torch.float64 if param_dtype == torch.float64 else torch.float32
-    near = {name: values({"param": param_dtype, "grad": grad_dtype}.get(name, wide)) for name in OPERANDS}
+    near = {name: values({"param": param_dtype, "grad": grad_dtype}.get(name, state)) for name in OPERANDS}
     far = {name: at_offset(value, grad_offset if name == "grad" else offset) for name, value in near.items()}
     if packets:  # the chunk begins with a packet
         far = {name: at_offset(value, 0) for name, value in near.items()}
@@ -162,16 +165,23 @@ def test_indices_beyond_32_bits(param_dtype, grad_dtype, offset, grad_offset, ch
 
     steps = torch.tensor([4, 4])
     addresses = [first[name] for name in ("param", *MOMENTS)]
-    row = torch.tensor([*addresses, 0, steps[:1].data_ptr(), numel, 0, -before])
+    row = torch.tensor([*addresses, 0, steps[:1].data_ptr(), numel, 0, -before, KEY])
     chunk_rows, ticket = torch.zeros(chunks, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     packed, _ = gpu._pack([Hyperparameters(**BASE)], wide, torch.device("cpu"))
     launch = gpu.StepLaunch(
-        0, 0, gpu.DTYPE_CODES[param_dtype], gpu.DTYPE_CODES[grad_dtype], False, row.data_ptr(), chunk_rows.data_ptr(),
-        chunks, ticket.data_ptr(), packed, array("Q", [first["grad"] % 2**64]).tobytes(), *[0] * 7, -1.0,
+        0, 0, *(gpu.DTYPE_CODES[dtype] for dtype in (param_dtype, grad_dtype, state)), False,
+        row.data_ptr(), chunk_rows.data_ptr(), chunks, ticket.data_ptr(),
+        packed, array("Q", [first["grad"] % 2**64]).tobytes(), *[0] * 7, -1.0,
     )  # fmt: skip
     simulated.step(launch)
+    for name in MOMENTS:
+        near[name] = near[name].to(wide)
     lists = [[near[name]] for name in ("param", "grad", *MOMENTS)]
     functional.madam_(*lists, [steps[1]], **BASE, backend="cpu")
+    if state == torch.bfloat16:
+        numbers = rounding.random_bits(KEY, 5, start + torch.arange(count))
+        for name, its in zip(MOMENTS, numbers, strict=True):
+            near[name] = rounding.round_stochastically(near[name], its)
     assert steps.tolist() == [5, 5]
     for name in OPERANDS:
         assert torch.equal(bits(far[name]), bits(near[name])), name

@@ -18,8 +18,11 @@ pytestmark = needs_cpu_kernels
 
 STATE = ("exp_avg", "grad_mean", "grad_var", "weight_sum")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-DTYPE_PAIRS = [*((param, grad) for param in FLOATS for grad in FLOATS), (torch.float64, torch.float64)]
-EACH_PAIR = pytest.mark.parametrize(("param_dtype", "grad_dtype"), DTYPE_PAIRS, ids=str)
+# Of parameter, gradient and state; None: the arithmetic's.
+DTYPES = [*((param, grad, None) for param in FLOATS for grad in FLOATS), (torch.float64, torch.float64, None)]
+DTYPES += [(torch.float32, grad, torch.bfloat16) for grad in FLOATS[:2]]
+DTYPES += [(torch.bfloat16, torch.bfloat16, torch.bfloat16)]
+EACH_DTYPE = pytest.mark.parametrize(("param_dtype", "grad_dtype", "state_dtype"), DTYPES, ids=str)
 EACH_KERNEL = pytest.mark.parametrize(("algorithm", "amsgrad"), [(MAdam, True), (LaMAdam, False)])
 
 
@@ -32,10 +35,6 @@ def tracking(simulate):
 @pytest.fixture
 def tracking_cuda(simulate_cuda):
     return simulate_cuda(track=True, blocks=12)
-
-
-def state_size(param_dtype: torch.dtype) -> int:
-    return 8 if param_dtype == torch.float64 else 4
 
 
 def stored(amsgrad: bool) -> tuple[str, ...]:
@@ -64,14 +63,15 @@ def assert_each_byte_once(launch: Launch, numels: list[int], amsgrad: bool) -> N
     assert {name.rstrip("0123456789") for name, _ in launch.stats.buffer_bytes} <= allowed
 
 
-@EACH_PAIR
+@EACH_DTYPE
 @EACH_KERNEL
-def test_each_byte_once(algorithm, amsgrad, param_dtype, grad_dtype, tracking):
+def test_each_byte_once(algorithm, amsgrad, param_dtype, grad_dtype, state_dtype, tracking):
     """Guards against an element that is skipped, or stepped twice with the same result, at the edges of packets, of
     turns of a block and of chunks, in packets as without."""
     sizes = (0, 1, 7, 33, 513, 2049, 0, 8193, 1025, 8200)
     ours = [{}] * 6 + [dict.fromkeys((*stored(True), "grad"), i) for i in (0, 3, 1)] + [{"grad": 1, "exp_avg": 1}]
-    pair = with_twin(algorithm(make_params(sizes, param_dtype), backend=tracking.backend, **BASE, amsgrad=amsgrad))
+    options = {**BASE, "amsgrad": amsgrad, "state_dtype": state_dtype}
+    pair = with_twin(algorithm(make_params(sizes, param_dtype), backend=tracking.backend, **options))
     for step in range(2):
         step_both(pair, step, grad_dtype, offsets=ours)
     for launch in tracking.launches:
@@ -79,20 +79,24 @@ def test_each_byte_once(algorithm, amsgrad, param_dtype, grad_dtype, tracking):
 
 
 BYTES = [
-    (torch.float32, torch.float32, False, 44),
-    (torch.float32, torch.float32, True, 52),
-    (torch.bfloat16, torch.bfloat16, False, 38),
-    (torch.float16, torch.float16, True, 46),
-    (torch.float32, torch.bfloat16, False, 42),
-    (torch.float64, torch.float64, False, 88),
+    (torch.float32, torch.float32, None, False, 44),
+    (torch.float32, torch.float32, None, True, 52),
+    (torch.bfloat16, torch.bfloat16, None, False, 38),
+    (torch.float16, torch.float16, None, True, 46),
+    (torch.float32, torch.bfloat16, None, False, 42),
+    (torch.float64, torch.float64, None, False, 88),
+    (torch.float32, torch.float32, torch.bfloat16, False, 28),
+    (torch.float32, torch.float32, torch.bfloat16, True, 32),
+    (torch.bfloat16, torch.bfloat16, torch.bfloat16, False, 22),
 ]
 
 
-@pytest.mark.parametrize(("param_dtype", "grad_dtype", "amsgrad", "expected"), BYTES, ids=str)
-def test_bytes_of_an_element(param_dtype, grad_dtype, amsgrad, expected, tracking):
+@pytest.mark.parametrize(("param_dtype", "grad_dtype", "state_dtype", "amsgrad", "expected"), BYTES, ids=str)
+def test_bytes_of_an_element(param_dtype, grad_dtype, state_dtype, amsgrad, expected, tracking):
     """Guards what the speed of the step rests on: the bytes that it moves, besides a table that is small."""
     sizes = (8192 * 2, 100)
-    optimizer = LaMAdam(make_params(sizes, param_dtype), backend=tracking.backend, **BASE, amsgrad=amsgrad)
+    options = {**BASE, "amsgrad": amsgrad, "state_dtype": state_dtype}
+    optimizer = LaMAdam(make_params(sizes, param_dtype), backend=tracking.backend, **options)
     set_grads(optimizer.param_groups[0]["params"], 0, dtype=grad_dtype)
     optimizer.step()
     (launch,) = tracking.launches
@@ -134,13 +138,17 @@ def test_absent_gradient(absent, tracking):
 
 
 def expected_widths(
-    tensors: list[tuple[int, int]], param_dtype: torch.dtype, grad_dtype: torch.dtype, amsgrad: bool
+    tensors: list[tuple[int, int]],
+    param_dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    state_dtype: torch.dtype | None,
+    amsgrad: bool,
 ) -> tuple[Counter[int], Counter[int]]:
     """{bytes of an access: number}, for loads and for stores, of tensors of (size, elements before the first packet's
     end); the latter -1: no packets."""
     loads, stores = Counter(), Counter()
-    of_state = state_size(param_dtype)
-    width = 16 // min(param_dtype.itemsize, grad_dtype.itemsize)
+    of_state = (state_dtype or (torch.float64 if param_dtype == torch.float64 else torch.float32)).itemsize
+    width = 16 // min(param_dtype.itemsize, grad_dtype.itemsize, of_state)
     for numel, offset in tensors:
         shift = offset % width
         whole = max((shift + numel) // width - -(-shift // width), 0) if offset >= 0 else 0
@@ -163,59 +171,64 @@ def assert_widths(launch: Launch, tensors: list[tuple[int, int]], *variant) -> N
     assert Counter(launch.stats.widths("st")) == stores
 
 
-@EACH_PAIR
+@EACH_DTYPE
 @EACH_KERNEL
-def test_aligned_tensors_move_in_packets_alone(algorithm, amsgrad, param_dtype, grad_dtype, tracking_cuda):
+def test_aligned_tensors_move_in_packets_alone(algorithm, amsgrad, param_dtype, grad_dtype, state_dtype, tracking_cuda):
     """Guards the speed of what is common: with whole packets, not one narrow access."""
     sizes = (8, 2048, 8192, 8192 + 16, 3 * 8192)
     params = make_params(sizes, param_dtype)
-    optimizer = algorithm(params, backend=tracking_cuda.backend, **BASE, amsgrad=amsgrad)
+    options = {**BASE, "amsgrad": amsgrad, "state_dtype": state_dtype}
+    optimizer = algorithm(params, backend=tracking_cuda.backend, **options)
     set_grads(params, 0, dtype=grad_dtype)
     optimizer.step()
-    assert_widths(tracking_cuda.launches[0], [(size, 0) for size in sizes], param_dtype, grad_dtype, amsgrad)
+    variant = (param_dtype, grad_dtype, state_dtype, amsgrad)
+    assert_widths(tracking_cuda.launches[0], [(size, 0) for size in sizes], *variant)
     size = max(param_dtype.itemsize, grad_dtype.itemsize)
     assert tracking_cuda.launches[0].stats.widths("st").keys() == {16, 8, 4}
     assert tracking_cuda.launches[0].stats.widths("st")[16] >= sum(sizes) * size // 16
 
 
-@EACH_PAIR
-def test_views_of_flat_buffers_move_in_packets(param_dtype, grad_dtype, tracking_cuda):
+@EACH_DTYPE
+def test_views_of_flat_buffers_move_in_packets(param_dtype, grad_dtype, state_dtype, tracking_cuda):
     """Guards the shift: operands that begin at the same place of a packet, as views of flat buffers do (4, 8, 12 bytes
     behind it; for 16 bits 2, 4 ...), use packets for all but their two ends."""
     tensors = [(size, offset) for offset in (1, 2, 3, 9) for size in (1, 7, 8, 9, 700, 8191, 8192, 8193, 8192 + 15)]
     sizes = [size for size, _ in tensors]
     tracking_cuda.blocks = 48
-    pair = with_twin(MAdam(make_params(tuple(sizes), param_dtype), backend=tracking_cuda.backend, **BASE))
+    options = {**BASE, "state_dtype": state_dtype}
+    pair = with_twin(MAdam(make_params(tuple(sizes), param_dtype), backend=tracking_cuda.backend, **options))
     for step in range(2):
         offsets = [dict.fromkeys((*stored(False), "grad"), offset) for _, offset in tensors]
         step_both(pair, step, grad_dtype, offsets=offsets)
     launch = tracking_cuda.launches[-1]  # the state of the first is not shifted yet
     assert_each_byte_once(launch, sizes, False)
-    assert_widths(launch, tensors, param_dtype, grad_dtype, False)
+    assert_widths(launch, tensors, param_dtype, grad_dtype, state_dtype, False)
 
 
 MISALIGNED = [
-    (torch.float32, torch.float32, (1, 2, 3)),
-    (torch.bfloat16, torch.bfloat16, (1, 2, 3)),
-    (torch.float16, torch.float32, (1, 2, 3)),
-    (torch.bfloat16, torch.float16, (1, 6)),
-    (torch.float64, torch.float64, (1,)),
+    (torch.float32, torch.float32, None, (1, 2, 3)),
+    (torch.bfloat16, torch.bfloat16, None, (1, 2, 3)),
+    (torch.float16, torch.float32, None, (1, 2, 3)),
+    (torch.bfloat16, torch.float16, None, (1, 6)),
+    (torch.float64, torch.float64, None, (1,)),
+    (torch.float32, torch.float32, torch.bfloat16, (1, 2)),
 ]
 
 
-@pytest.mark.parametrize(("param_dtype", "grad_dtype", "offsets"), MISALIGNED, ids=str)
-def test_operands_that_differ_in_alignment(param_dtype, grad_dtype, offsets, tracking_cuda):
+@pytest.mark.parametrize(("param_dtype", "grad_dtype", "state_dtype", "offsets"), MISALIGNED, ids=str)
+def test_operands_that_differ_in_alignment(param_dtype, grad_dtype, state_dtype, offsets, tracking_cuda):
     """Guards each operand's part in the choice of packets: one that is alone out of step makes the tensor go element by
     element, with the same result; on a device, a packet there would be a fault."""
     each = [{name: offset} for name in (*stored(True), "grad") for offset in offsets]
     each += [{**dict.fromkeys((*stored(True), "grad"), 3), name: 4} for name in (*stored(True), "grad")]
     sizes = [(8193, 700, 1300)[i % 3] for i in range(len(each))]
-    pair = with_twin(MAdam(make_params(tuple(sizes), param_dtype), backend=tracking_cuda.backend, **BASE, amsgrad=True))
+    options = {**BASE, "amsgrad": True, "state_dtype": state_dtype}
+    pair = with_twin(MAdam(make_params(tuple(sizes), param_dtype), backend=tracking_cuda.backend, **options))
     for step in range(2):
         step_both(pair, step, grad_dtype, offsets=each)
     launch = tracking_cuda.launches[-1]
     assert_each_byte_once(launch, sizes, True)
-    assert_widths(launch, [(size, -1) for size in sizes], param_dtype, grad_dtype, True)
+    assert_widths(launch, [(size, -1) for size in sizes], param_dtype, grad_dtype, state_dtype, True)
 
 
 def test_what_has_no_maximum_may_lie_anywhere(tracking_cuda):
@@ -227,8 +240,8 @@ def test_what_has_no_maximum_may_lie_anywhere(tracking_cuda):
         step_both(pair, step, offsets=[dict.fromkeys((*stored(True), "grad"), 3)] * 6)
     launch = tracking_cuda.launches[-1]
     assert {name for name in launch.buffers if name.startswith("max_denom")} == {"max_denom2", "max_denom3"}
-    stores = expected_widths([(700, 3), (900, 3)], torch.float32, torch.float32, True)[1]
+    stores = expected_widths([(700, 3), (900, 3)], *[torch.float32] * 2, None, True)[1]
     for _ in range(2):
-        stores += expected_widths([(700, 3), (900, 3)], torch.float32, torch.float32, False)[1]
+        stores += expected_widths([(700, 3), (900, 3)], *[torch.float32] * 2, None, False)[1]
     stores[4] -= 2  # one ticket, not three
     assert Counter(launch.stats.widths("st")) == stores

@@ -97,6 +97,7 @@ class TritonLauncher:
             "T": _TYPES[int(launch.param_dtype == 1)],
             "PARAM": _TYPES[launch.param_dtype],
             "GRAD": _TYPES[launch.grad_dtype],
+            "STATE": _TYPES[launch.state_dtype],
             "CHUNK": self.STEP_CHUNK,
         }
 

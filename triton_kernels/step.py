@@ -4,9 +4,10 @@ import triton
 import triton.language as tl
 
 from .maxva import L2_DECAY, bias_correction, divide, grad_factor, update
+from .rounding import random_bits, round_stochastically, rounding_key
 
 # Columns of the table (maxva_kernels/tensor_table.py, STEP_COLUMNS).
-COLUMNS = tl.constexpr(10)
+COLUMNS = tl.constexpr(11)
 # Numbers of a group as launcher.py packs them: of the arithmetic's type, and integers.
 GROUP_VALUES = tl.constexpr(10)
 GROUP_INTEGERS = tl.constexpr(5)
@@ -45,7 +46,9 @@ def _step_block(
     operands,  # addresses where the chunk begins: parameter, gradient, the four moments, AMSGrad's maximum
     first, begin, end,  # the block's first element in the chunk, and which of the chunk are there
     coefficients, modes,  # as `update` takes them
-    LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    random,  # the key as `random_bits` takes it, for places counted from where the chunk begins
+    LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,  # all elements are there and every operand is aligned: no masks, so that accesses are wide
 ):  # fmt: skip
     """Returns sums for the fields of a record but the count; who does not use them does not pay for them."""
@@ -56,12 +59,12 @@ def _step_block(
     at = first + tl.arange(0, BLOCK)
     p = _load(params, at, begin, end, PARAM, T, WHOLE)
     g = _load(grads, at, begin, end, GRAD, T, WHOLE)
-    m = _load(exp_avgs, at, begin, end, T, T, WHOLE)
-    u = _load(grad_means, at, begin, end, T, T, WHOLE)
-    s = _load(grad_vars, at, begin, end, T, T, WHOLE)
-    w = _load(weight_sums, at, begin, end, T, T, WHOLE)
+    m = _load(exp_avgs, at, begin, end, STATE, T, WHOLE)
+    u = _load(grad_means, at, begin, end, STATE, T, WHOLE)
+    s = _load(grad_vars, at, begin, end, STATE, T, WHOLE)
+    w = _load(weight_sums, at, begin, end, STATE, T, WHOLE)
     if amsgrad:
-        x = _load(max_denoms, at, begin, end, T, T, WHOLE)
+        x = _load(max_denoms, at, begin, end, STATE, T, WHOLE)
     else:
         x = p
 
@@ -71,12 +74,18 @@ def _step_block(
 
     # 3. Store.
     _store(params, at, p, begin, end, PARAM, WHOLE)
-    _store(exp_avgs, at, m, begin, end, T, WHOLE)
-    _store(grad_means, at, u, begin, end, T, WHOLE)
-    _store(grad_vars, at, s, begin, end, T, WHOLE)
-    _store(weight_sums, at, w, begin, end, T, WHOLE)
-    if amsgrad:
-        _store(max_denoms, at, x, begin, end, T, WHOLE)
+    if STATE != T:
+        for_m, for_u, for_s, for_w = random_bits(random[0], random[1], at.to(tl.uint32))
+        m = round_stochastically(m, for_m)
+        u = round_stochastically(u, for_u)
+        s = round_stochastically(s, for_s)
+        w = round_stochastically(w, for_w)
+    _store(exp_avgs, at, m, begin, end, STATE, WHOLE)
+    _store(grad_means, at, u, begin, end, STATE, WHOLE)
+    _store(grad_vars, at, s, begin, end, STATE, WHOLE)
+    _store(weight_sums, at, w, begin, end, STATE, WHOLE)
+    if amsgrad:  # to nearest: of rounded maxima the largest would stay, and grow
+        _store(max_denoms, at, x, begin, end, STATE, WHOLE)
 
     # 4. Tell.
     there = (at >= begin) & (at < end)
@@ -91,21 +100,27 @@ def _step_block(
 
 @triton.jit
 def _step_chunk(
-    operands, begin, end, aligned, coefficients, modes,
-    LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    operands, begin, end, aligned, coefficients, modes, random,
+    LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     for first in range(0, end, BLOCK):
         if aligned & (first >= begin) & (first + BLOCK <= end):
-            _step_block(operands, first, begin, end, coefficients, modes, LAPROP, T, PARAM, GRAD, BLOCK, True)
+            _step_block(
+                operands, first, begin, end, coefficients, modes, random, LAPROP, T, PARAM, GRAD, STATE, BLOCK, True
+            )
         else:
-            _step_block(operands, first, begin, end, coefficients, modes, LAPROP, T, PARAM, GRAD, BLOCK, False)
+            _step_block(
+                operands, first, begin, end, coefficients, modes, random, LAPROP, T, PARAM, GRAD, STATE, BLOCK, False
+            )
 
 
 @triton.jit
 def _step_and_tell(
-    operands, begin, end, aligned, coefficients, modes,
+    operands, begin, end, aligned, coefficients, modes, random,
     record,  # address: RECORD float32 that csrc/statistics.h describes
-    LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr,
+    LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Steps a chunk that is sampled. Its sums are deterministic, but their order is this backend's own."""
     adaptive = tl.zeros((), tl.float32)
@@ -116,11 +131,11 @@ def _step_and_tell(
     for first in range(0, end, BLOCK):
         if aligned & (first >= begin) & (first + BLOCK <= end):
             a, b, c, d, e = _step_block(
-                operands, first, begin, end, coefficients, modes, LAPROP, T, PARAM, GRAD, BLOCK, True
+                operands, first, begin, end, coefficients, modes, random, LAPROP, T, PARAM, GRAD, STATE, BLOCK, True
             )
         else:
             a, b, c, d, e = _step_block(
-                operands, first, begin, end, coefficients, modes, LAPROP, T, PARAM, GRAD, BLOCK, False
+                operands, first, begin, end, coefficients, modes, random, LAPROP, T, PARAM, GRAD, STATE, BLOCK, False
             )
         adaptive += a.to(tl.float32)
         one_minus_beta += b.to(tl.float32)
@@ -254,6 +269,7 @@ def step_kernel(
     T: tl.constexpr,  # the arithmetic's type
     PARAM: tl.constexpr,  # the parameters' type
     GRAD: tl.constexpr,  # the gradients' type
+    STATE: tl.constexpr,  # the state's type: T, or bfloat16
     CHUNK: tl.constexpr,  # elements of a chunk
     BLOCK: tl.constexpr,  # elements that a program works on at once
     STATISTICS: tl.constexpr,  # whether they are taken
@@ -267,7 +283,7 @@ def step_kernel(
     statistics = statistics.to(tl.int64)
     param_bytes: tl.constexpr = PARAM.primitive_bitwidth // 8
     grad_bytes: tl.constexpr = GRAD.primitive_bitwidth // 8
-    state_bytes: tl.constexpr = T.primitive_bitwidth // 8
+    state_bytes: tl.constexpr = STATE.primitive_bitwidth // 8
     rows = rows.to(tl.int64).to(int64)
     chunk_rows = chunk_rows.to(tl.int64).to(tl.pointer_type(tl.int32))
     grads = grads.to(tl.int64).to(int64)
@@ -303,7 +319,9 @@ def step_kernel(
 
                 # Chunks are cut where packets of 16 bytes begin: `shift` elements early in a tensor that begins within
                 # one. Where the operands begin at different places of a packet, all accesses are narrow.
-                if grad_bytes < param_bytes:
+                if (state_bytes < param_bytes) & (state_bytes < grad_bytes):
+                    shift = (exp_avg_address & 15) // state_bytes
+                elif grad_bytes < param_bytes:
                     shift = (grad_address & 15) // grad_bytes
                 else:
                     shift = (param_address & 15) // param_bytes
@@ -330,16 +348,22 @@ def step_kernel(
                     max_denom_address + start * state_bytes,
                 )
                 all_modes = (decay_mode, adam_eps, amsgrad)
+                low, high = rounding_key(tl.load(row + 10), step)
+                random = (low + start.to(tl.uint32), high)
                 sampled = False
                 if STATISTICS:
                     sampled = _is_sampled(index)
                 if sampled:
                     record = statistics + tl.cast(chunk, tl.int64) * (4 * RECORD)
                     _step_and_tell(
-                        operands, begin, end, aligned, coefficients, all_modes, record, LAPROP, T, PARAM, GRAD, BLOCK
+                        *(operands, begin, end, aligned, coefficients, all_modes, random, record),
+                        *(LAPROP, T, PARAM, GRAD, STATE, BLOCK),
                     )
                 else:
-                    _step_chunk(operands, begin, end, aligned, coefficients, all_modes, LAPROP, T, PARAM, GRAD, BLOCK)
+                    _step_chunk(
+                        *(operands, begin, end, aligned, coefficients, all_modes, random),
+                        *(LAPROP, T, PARAM, GRAD, STATE, BLOCK),
+                    )
 
         # 3. The last program to get here advances the step counts, when no other will read them any more. The barrier
         # has all threads of this one past their reading.

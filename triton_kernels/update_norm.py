@@ -39,6 +39,7 @@ def update_chunks_kernel(
     T: tl.constexpr,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    STATE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     int64: tl.constexpr = tl.pointer_type(tl.int64)
@@ -75,12 +76,12 @@ def update_chunks_kernel(
                     at = start + first + lane
                     p = _value(tl.load(row), at, there, PARAM, T)
                     g = _value(grad_address, at, there, GRAD, T)
-                    m = _value(tl.load(row + 1), at, there, T, T)
-                    u = _value(tl.load(row + 2), at, there, T, T)
-                    s = _value(tl.load(row + 3), at, there, T, T)
-                    w = _value(tl.load(row + 4), at, there, T, T)
+                    m = _value(tl.load(row + 1), at, there, STATE, T)
+                    u = _value(tl.load(row + 2), at, there, STATE, T)
+                    s = _value(tl.load(row + 3), at, there, STATE, T)
+                    w = _value(tl.load(row + 4), at, there, STATE, T)
                     if amsgrad:
-                        x = _value(max_denoms, at, there, T, T)
+                        x = _value(max_denoms, at, there, STATE, T)
                     else:
                         x = p
                     _, _, _, _, _, change, _, _, _ = update(

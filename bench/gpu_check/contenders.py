@@ -6,7 +6,9 @@ them in every step, and they are larger than the L2, or the stage says so.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,12 +37,13 @@ __all__ = ["ADAMW", "COPY", "OPTIONS", "UPDATE", "Contender", "bandwidths", "byt
 def ours(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, *, reference: bool
 ) -> list[Contender]:
-    """MAdam and LaMAdam by every GPU backend that can run, each with and without clipping; and the eager reference."""
+    """MAdam and LaMAdam by every GPU backend that can run, each with and without clipping and with state in 16 bits;
+    and the eager reference."""
     contenders = []
     backends = [name for name in ("cuda", "triton") if registry.why_not(name, device) is None]
-    for algorithm in (MAdam, LaMAdam):
+    for algorithm, state_dtype in itertools.product((MAdam, LaMAdam), (None, torch.bfloat16)):
         params = make_params(shapes, dtype, device)
-        optimizer = algorithm(params, **OPTIONS)
+        optimizer = algorithm(params, **OPTIONS, state_dtype=state_dtype)
 
         def step(backend: str, max_grad_norm: float | None, optimizer: Any = optimizer) -> None:
             optimizer.backend, optimizer.max_grad_norm = backend, max_grad_norm
@@ -51,10 +54,14 @@ def ours(
         grads = bytes_of([param.grad for param in params])
         for backend in backends:
             name = algorithm.__name__ + (f" ({backend})" if len(backends) > 1 else "")
+            if state_dtype is not None:
+                name, step_on = f"{name}, bfloat16 state", partial(step, backend, None)
+                contenders.append(Contender(name, step_on, moved, tensors=tensors))
+                continue
             plain, clipped = (lambda b=backend, c=clip, step=step: step(b, c) for clip in (None, 1.0))
             contenders.append(Contender(name, plain, moved, tensors=tensors))
             contenders.append(Contender(f"{name}, clipped", clipped, moved + grads, tensors=tensors))
-        if reference and algorithm is MAdam:
+        if reference and algorithm is MAdam and state_dtype is None:
             eager = lambda step=step: step("reference", None)  # noqa: E731
             contenders.append(Contender("MAdam (reference, eager)", eager, None, slow=True, tensors=tensors))
     return contenders

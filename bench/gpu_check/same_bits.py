@@ -18,7 +18,10 @@ TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.float64)
-PAIRS = [(param, grad) for param in DTYPES for grad in DTYPES]
+# Of parameters, gradients and state; None: the arithmetic's.
+KINDS: list[tuple[torch.dtype, torch.dtype, torch.dtype | None]]
+KINDS = [(param, grad, None) for param in DTYPES for grad in DTYPES]
+KINDS += [(param, grad, torch.bfloat16) for param in FLOATS for grad in DTYPES]
 
 # Around what a block takes at a time, behind the sizes of tests/cases.py.
 MORE_SIZES = (8191, 8192, 8193, 20_011)
@@ -102,6 +105,7 @@ def check(
     option: str,
     param: torch.dtype,
     grad: torch.dtype,
+    state: torch.dtype | None,
     device: torch.device,
     backend: str = "cuda",
     sizes: Sequence[Any] | None = None,
@@ -110,25 +114,27 @@ def check(
     """Some steps of an entry of the option table; what differs after any of them."""
     table = cases()
     sizes = (*table.SIZES, *MORE_SIZES) if sizes is None else sizes
-    pair = twins(algorithm, device, backend, sizes, param, **table.OPTIONS[option])
+    pair = twins(algorithm, device, backend, sizes, param, **table.OPTIONS[option], state_dtype=state)
     for step in range(steps):
         for optimizer in pair:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             table.set_grads(params, step, dtype=grad)
             optimizer.step()
         if found := differences(*pair):
-            return [f"{algorithm.__name__}, {option}, {param} with {grad}, step {step}: {text}" for text in found]
+            kind = f"{param} with {grad}" + (f" and state in {state}" if state else "")
+            return [f"{algorithm.__name__}, {option}, {kind}, step {step}: {text}" for text in found]
     return []
 
 
-def variants(few: bool = False) -> Iterator[tuple[type[torch.optim.Optimizer], str, torch.dtype, torch.dtype]]:
-    """Every algorithm with every parameter's and gradient's dtype, in the options that are to be tried with them."""
+def variants(few: bool = False) -> Iterator[tuple[Any, ...]]:
+    """Every algorithm with every dtype of parameter, gradient and state, in the options that are to be tried with them:
+    the first arguments of `check`."""
     for algorithm in (MAdam, LaMAdam):
-        for pair in PAIRS[:2] if few else PAIRS:
-            for option in ("all",) if few else options_of(pair):
-                yield algorithm, option, *pair
+        for kind in (KINDS[0], KINDS[-1]) if few else KINDS:
+            for option in ("all",) if few else options_of(kind):
+                yield algorithm, option, *kind
 
 
-def options_of(pair: tuple[torch.dtype, torch.dtype]) -> list[str]:
+def options_of(kind: tuple[torch.dtype, torch.dtype, torch.dtype | None]) -> list[str]:
     """All options where parameter and gradient have one dtype; for others, which differ in loads and stores, some."""
-    return list(cases().OPTIONS) if pair[0] == pair[1] else ["base", "all"]
+    return list(cases().OPTIONS) if kind[0] == kind[1] else ["base", "all"]

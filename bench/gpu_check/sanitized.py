@@ -26,13 +26,14 @@ SIZES = (0, 1, 7, 513, 8193, 16_390)
 def steps(gpu: machine.Gpu) -> None:
     """Every step kernel: aligned and not, with and without all modes."""
     table = same_bits.cases()
-    pairs = [pair for pair in same_bits.PAIRS if (pair[0] == torch.float64) == (pair[1] == torch.float64)]
+    kinds = [kind for kind in same_bits.KINDS if (kind[0] == torch.float64) == (kind[1] == torch.float64)]
     for algorithm in (MAdam, LaMAdam):
-        for param_dtype, grad_dtype in pairs if gpu.real else pairs[:2]:
+        for param_dtype, grad_dtype, state_dtype in kinds if gpu.real else (kinds[0], kinds[-1]):
             for offset, option in ((0, "all"), (1, "base")):
                 whole = [p.detach() for p in table.make_params([n + offset for n in SIZES], param_dtype, gpu.device)]
                 params = [Parameter(tensor[offset:]) for tensor in whole]
-                optimizer = algorithm(params, backend="cuda", **{**table.BASE, **table.OPTIONS[option]})
+                options = {**table.BASE, **table.OPTIONS[option], "state_dtype": state_dtype}
+                optimizer = algorithm(params, backend="cuda", **options)
                 optimizer.grad_scale, optimizer.found_inf = (torch.full((), v, device=gpu.device) for v in (2.0, 0.0))
                 for number in range(2):
                     table.set_grads(params, number, dtype=grad_dtype)

@@ -58,12 +58,13 @@ def our_kernels(gpu: Any) -> Iterator[dict[str, Any]]:
     from simulated_cuda import SimulatedLauncher, install
 
     table = same_bits.cases()
-    pairs = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)]
-    pairs.append((torch.float64, torch.float64))
+    kinds = [(torch.float32, torch.float32, None), (torch.bfloat16, torch.bfloat16, None)]
+    kinds += [(torch.float16, torch.float32, None), (torch.float64, torch.float64, None)]
+    kinds += [(torch.float32, torch.bfloat16, torch.bfloat16)]
     for algorithm in (MAdam, LaMAdam) if gpu.real else (MAdam,):
-        for param, grad in pairs if gpu.real else pairs[:1]:
+        for param, grad, state in kinds if gpu.real else kinds[:1]:
             for option in ("base", "all"):
-                options = {**table.BASE, **table.OPTIONS[option]}
+                options = {**table.BASE, **table.OPTIONS[option], "state_dtype": state}
                 sizes = SIZES if gpu.real else SIZES[:4]
                 with pytest.MonkeyPatch.context() as patch:
                     install(SimulatedLauncher(), patch)
@@ -74,7 +75,7 @@ def our_kernels(gpu: Any) -> Iterator[dict[str, Any]]:
                 steps(real, grad)
                 states = [dict(table.states(optimizer)) for optimizer in (simulated, real)]
                 yield {
-                    "kernel": f"{algorithm.__name__}, {option}, {param} with {grad}",
+                    "kernel": f"{algorithm.__name__}, {option}, {param} with {grad}, state_dtype {state}",
                     "differences": same_bits.differences(simulated, real),
                     "nan_bits": sum(nan_bits(value, states[1][name]) for name, value in states[0].items()),
                 }

@@ -24,6 +24,7 @@ void fill(StepLaunch<T>& launch, const StepInput& input) {
   MAXVA_CHECK(input.group_count <= kMaxGroups, input.group_count, " groups for one launch, which takes ", kMaxGroups);
   launch.param_dtype = static_cast<DType>(input.param_dtype);
   launch.grad_dtype = static_cast<DType>(input.grad_dtype);
+  launch.state_dtype = static_cast<DType>(input.state_dtype);
   launch.rows = pointer<const StepRow>(input.rows);
   launch.chunk_rows = pointer<const int32_t>(input.chunk_rows);
   launch.chunks = input.chunks;

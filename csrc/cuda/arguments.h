@@ -18,7 +18,7 @@ struct PackedGroup {
 
 // Addresses are of device memory. The scalars have the arithmetic's type; an address 0 is a scalar that is absent.
 struct StepInput {
-  int64_t param_dtype, grad_dtype;
+  int64_t param_dtype, grad_dtype, state_dtype;
   uint64_t rows, chunk_rows;
   int64_t chunks;
   uint64_t ticket, grad_scale, found_inf, grad_norm, trust_ratios, statistics, squares, norms;

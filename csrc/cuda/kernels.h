@@ -1,5 +1,5 @@
-// The compiled kernels, as what cudaLaunchKernel takes. Each step_*.cu holds those of one parameter dtype, so that they
-// compile side by side.
+// The compiled kernels, as what cudaLaunchKernel takes. Each step_*.cu holds those of one parameter dtype and one of
+// the state, so that they compile side by side.
 #pragma once
 
 #include "cuda/launch.h"
@@ -11,9 +11,10 @@ struct Kernel {
   int threads = 0;
 };
 
-// Takes a StepLaunch<double> for kDouble parameters, whose gradients are kDouble, and else a StepLaunch<float>, for
-// gradients of 32 and 16 bits. With statistics it writes those.
-Kernel step_kernel_for(DType param, DType grad, Algorithm algorithm, bool statistics);
+// Takes a StepLaunch<double> for kDouble parameters, whose gradients and state are kDouble, and else a
+// StepLaunch<float>, for gradients of 32 and 16 bits and state that is kFloat or kBFloat16. With statistics it writes
+// those.
+Kernel step_kernel_for(DType param, DType grad, DType state, Algorithm algorithm, bool statistics);
 
 // Take a StepLaunch<double> if `twice`, or else a StepLaunch<float>: the first fills its squares, of parameters and
 // gradients of any dtype, the second turns them into norms.
@@ -28,5 +29,8 @@ const void* step_kernel_float(DType grad, Algorithm algorithm, bool statistics);
 const void* step_kernel_double(DType grad, Algorithm algorithm, bool statistics);
 const void* step_kernel_half(DType grad, Algorithm algorithm, bool statistics);
 const void* step_kernel_bfloat16(DType grad, Algorithm algorithm, bool statistics);
+const void* step_kernel_float_rounded(DType grad, Algorithm algorithm, bool statistics);
+const void* step_kernel_half_rounded(DType grad, Algorithm algorithm, bool statistics);
+const void* step_kernel_bfloat16_rounded(DType grad, Algorithm algorithm, bool statistics);
 
 }  // namespace maxva::cuda

@@ -36,8 +36,9 @@ struct StepRow {
   void* max_denom;  // null without AMSGrad
   int64_t* step;
   int64_t numel;
-  int64_t group;        // index into StepLaunch::groups
-  int64_t first_chunk;  // its place in the row of all chunks
+  int64_t group;          // index into StepLaunch::groups
+  int64_t first_chunk;    // its place in the row of all chunks
+  uint64_t rounding_key;  // of 16-bit state
 };
 
 template <typename T>
@@ -64,7 +65,7 @@ struct StepLaunch {
   T* norms;                           // leave two for each row, the parameter's and its update's
   T max_grad_norm;
   int32_t tensors;
-  DType param_dtype, grad_dtype;  // for kernels that are not compiled for each
+  DType param_dtype, grad_dtype, state_dtype;  // for kernels that are not compiled for each
   StepGroup<T> groups[kMaxGroups];
   const void* grads[kMaxTensors];  // for each row; null: no gradient this time, the tensor is left alone
 };

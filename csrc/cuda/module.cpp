@@ -110,19 +110,19 @@ struct ParsedStep {
   StepInput input;
 
   bool parse(PyObject* launched) {
-    int param, grad;
+    int param, grad, state;
     unsigned long long rows, chunk_rows, ticket, grad_scale, found_inf, grad_norm, trust_ratios, statistics, squares,
         norms;
     long long chunks;
     double max_grad_norm;
     PyObject *groups, *grads;
-    if (!PyArg_ParseTuple(launched, "iKiipKKLKSSKKKKKKKd", &device, &stream, &param, &grad, &laprop, &rows, &chunk_rows,
-                          &chunks, &ticket, &groups, &grads, &grad_scale, &found_inf, &grad_norm, &trust_ratios,
-                          &statistics, &squares, &norms, &max_grad_norm)) {
+    if (!PyArg_ParseTuple(launched, "iKiiipKKLKSSKKKKKKKd", &device, &stream, &param, &grad, &state, &laprop, &rows,
+                          &chunk_rows, &chunks, &ticket, &groups, &grads, &grad_scale, &found_inf, &grad_norm,
+                          &trust_ratios, &statistics, &squares, &norms, &max_grad_norm)) {
       return false;
     }
-    input = {param,     grad,      rows,         chunk_rows, chunks,  ticket, grad_scale,
-             found_inf, grad_norm, trust_ratios, statistics, squares, norms,  max_grad_norm};
+    input = {param,     grad,      state,        rows,       chunk_rows, chunks, ticket,       grad_scale,
+             found_inf, grad_norm, trust_ratios, statistics, squares,    norms,  max_grad_norm};
     input.groups = items_of<PackedGroup>(groups, input.group_count);
     input.grads = items_of<uint64_t>(grads, input.tensors);
     return true;
@@ -146,8 +146,9 @@ PyObject* step(PyObject*, PyObject* launched) {
     return nullptr;
   }
   return guarded([&] {
-    const DType grad = static_cast<DType>(parsed.input.grad_dtype);
-    parsed.launch(step_kernel_for(parsed.param(), grad, parsed.algorithm(), parsed.input.statistics != 0));
+    const DType grad = static_cast<DType>(parsed.input.grad_dtype),
+                state = static_cast<DType>(parsed.input.state_dtype);
+    parsed.launch(step_kernel_for(parsed.param(), grad, state, parsed.algorithm(), parsed.input.statistics != 0));
   });
 }
 
@@ -205,7 +206,7 @@ PyObject* probe(PyObject*, PyObject* args) {
   }
   return guarded([&] {
     const DeviceGuard guard(device);
-    resident_blocks(step_kernel_for(DType::kFloat, DType::kFloat, Algorithm::kMAdam, false), device);
+    resident_blocks(step_kernel_for(DType::kFloat, DType::kFloat, DType::kFloat, Algorithm::kMAdam, false), device);
   });
 }
 

@@ -17,14 +17,15 @@
 #include "cuda/launch.h"
 #include "cuda/packet.cuh"
 #include "float16.h"
+#include "rounding.h"
 
 namespace maxva::cuda {
 
 // Blocks that must fit a multiprocessor at once, which limits a thread to 80 or 128 registers. Either way its threads
-// have more than 70 KB under way, above what hides the latency of memory at full speed: 6 packets a thread where all
-// operands are float, 10 and more where one is half as wide.
-template <typename T, typename Param, typename Grad>
-constexpr int kStepBlocks = sizeof(T) == 4 && sizeof(Param) == 4 && sizeof(Grad) == 4 ? 3 : 2;
+// have 48 KB and more under way, above what hides the latency of memory at full speed: 6 packets a thread where all
+// operands are equally wide, 8 and more where some are half as wide as others.
+template <typename Param, typename Grad, typename State>
+constexpr int kStepBlocks = sizeof(Param) == 4 && sizeof(Grad) == 4 && sizeof(State) == 4 ? 3 : 2;
 
 // The elements of one thread in one turn: element k lies `first + k * spacing` behind where the chunk begins.
 struct Place {
@@ -99,34 +100,53 @@ __device__ __forceinline__ void write_record(const StatisticsSums<T>& own, Stati
   }
 }
 
+// A moment to compute with: itself where it is stored in the arithmetic's type, and else its value.
+template <typename T>
+__device__ __forceinline__ T& opened(T& stored) {
+  return stored;
+}
+__device__ __forceinline__ float opened(BFloat16& stored) {
+  return to_float(stored);
+}
+
+// What is the same for all elements of a tensor. Threads read it where it is, in shared memory: registers are scarce.
+template <typename T>
+struct Common {
+  Coefficients<T> coefficients;
+  RoundingKey key;  // of 16-bit state
+};
+
 // Steps one chunk of one tensor. With kStatistics it tells what this thread did there.
-template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, bool kStatistics>
+template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, typename State, bool kStatistics>
 __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, const Grad* grad, int64_t chunk,
-                                                        const Coefficients<T>& coefficients, const Modes modes) {
-  constexpr bool kNarrowParam = sizeof(Param) <= sizeof(Grad);
-  constexpr int kWidth = kNarrowParam ? kPerPacket<Param> : kPerPacket<Grad>;
-  constexpr int kSlice = kPerPacket<T>;  // as many at a time need their state in registers
+                                                        const Common<T>& common, const Modes modes) {
+  constexpr bool kRounds = !std::is_same_v<State, T>;
+  constexpr bool kNarrowState = sizeof(State) <= sizeof(Param) && sizeof(State) <= sizeof(Grad);
+  constexpr bool kNarrowParam = !kNarrowState && sizeof(Param) <= sizeof(Grad);
+  using Narrow = std::conditional_t<kNarrowState, State, std::conditional_t<kNarrowParam, Param, Grad>>;
+  constexpr int kWidth = kPerPacket<Narrow>;
+  constexpr int kSlice = kPerPacket<State>;  // as many at a time need their state in registers
   static_assert(kStepChunk % (kWidth * kStepThreads) == 0);
 
   // 1. Where this chunk begins and ends, and whether packets can be used.
-  const uintptr_t narrow = reinterpret_cast<uintptr_t>(kNarrowParam ? row.param : grad);
-  const int misplaced = int(narrow % kPacketBytes) / int(kNarrowParam ? sizeof(Param) : sizeof(Grad));
+  const void* const narrow = kNarrowState ? row.exp_avg : kNarrowParam ? row.param : static_cast<const void*>(grad);
+  const int misplaced = int(reinterpret_cast<uintptr_t>(narrow) % kPacketBytes) / int(sizeof(Narrow));
   const auto fits = [&](const auto* memory) { return is_packet_aligned(memory - misplaced); };
-  const bool packets = fits(static_cast<Param*>(row.param)) && fits(grad) && fits(static_cast<T*>(row.exp_avg)) &&
-                       fits(static_cast<T*>(row.grad_mean)) && fits(static_cast<T*>(row.grad_var)) &&
-                       fits(static_cast<T*>(row.weight_sum)) &&
-                       (!modes.amsgrad || fits(static_cast<T*>(row.max_denom)));
+  const bool packets = fits(static_cast<Param*>(row.param)) && fits(grad) && fits(static_cast<State*>(row.exp_avg)) &&
+                       fits(static_cast<State*>(row.grad_mean)) && fits(static_cast<State*>(row.grad_var)) &&
+                       fits(static_cast<State*>(row.weight_sum)) &&
+                       (!modes.amsgrad || fits(static_cast<State*>(row.max_denom)));
   const int shift = packets ? misplaced : 0;
   const int64_t start = chunk * kStepChunk - shift;
   const bool is_last = (chunk + 1) * kStepChunk >= row.numel;
 
   Param* const params = static_cast<Param*>(row.param) + start;
   const Grad* const grads = grad + start;
-  T* const exp_avgs = static_cast<T*>(row.exp_avg) + start;
-  T* const grad_means = static_cast<T*>(row.grad_mean) + start;
-  T* const grad_vars = static_cast<T*>(row.grad_var) + start;
-  T* const weight_sums = static_cast<T*>(row.weight_sum) + start;
-  T* const max_denoms = static_cast<T*>(row.max_denom) + start;
+  State* const exp_avgs = static_cast<State*>(row.exp_avg) + start;
+  State* const grad_means = static_cast<State*>(row.grad_mean) + start;
+  State* const grad_vars = static_cast<State*>(row.grad_var) + start;
+  State* const weight_sums = static_cast<State*>(row.weight_sum) + start;
+  State* const max_denoms = static_cast<State*>(row.max_denom) + start;
 
   Place at;
   at.begin = chunk == 0 ? shift : 0;
@@ -143,7 +163,7 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
     at.load(grads, 0, gradient);
 #pragma unroll
     for (int from = 0; from < kWidth; from += kSlice) {
-      T exp_avg[kSlice], grad_mean[kSlice], grad_var[kSlice], weight_sum[kSlice], max_denom[kSlice];
+      State exp_avg[kSlice], grad_mean[kSlice], grad_var[kSlice], weight_sum[kSlice], max_denom[kSlice];
       at.load(exp_avgs, from, exp_avg);
       at.load(grad_means, from, grad_mean);
       at.load(grad_vars, from, grad_var);
@@ -156,12 +176,23 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
 #pragma unroll
       for (int k = 0; k < kSlice; ++k) {
         const T value = widen<T>(param[from + k]);
-        const Update<T> to = update<kAlgorithm>(value, widen<T>(gradient[from + k]), exp_avg[k], grad_mean[k],
-                                                grad_var[k], weight_sum[k], max_denom[k], coefficients, modes);
+        auto &&m = opened(exp_avg[k]), &&u = opened(grad_mean[k]), &&s = opened(grad_var[k]);
+        auto &&w = opened(weight_sum[k]), &&x = opened(max_denom[k]);
+        const Update<T> to =
+            update<kAlgorithm>(value, widen<T>(gradient[from + k]), m, u, s, w, x, common.coefficients, modes);
         convert(value - to.change, param[from + k]);
+        if constexpr (kRounds) {
+          const int i = at.first + (from + k) * at.spacing;
+          const RandomBits random = random_bits(common.key, static_cast<uint32_t>(start) + static_cast<uint32_t>(i));
+          exp_avg[k] = round_stochastically(m, random.exp_avg);
+          grad_mean[k] = round_stochastically(u, random.grad_mean);
+          grad_var[k] = round_stochastically(s, random.grad_var);
+          weight_sum[k] = round_stochastically(w, random.weight_sum);
+          convert(x, max_denom[k]);  // to nearest: of rounded maxima the largest would stay, and grow
+        }
         if constexpr (kStatistics) {
           if (at.whole || at.find(from + k) >= 0) {
-            add_statistics(to, coefficients, sums.adaptive, sums.one_minus_beta, sums.at_upper, sums.at_lower,
+            add_statistics(to, common.coefficients, sums.adaptive, sums.one_minus_beta, sums.at_upper, sums.at_lower,
                            sums.grad_square);
           }
         }
@@ -224,15 +255,15 @@ __device__ void advance_steps(const StepLaunch<T>& launch) {
 
 // Statistics are a template parameter because those who take none should not pay for their registers. With them all
 // chunks are added up, which costs no time in a kernel that waits for memory, and those of the sample written.
-template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, bool kStatistics>
-__global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, Param, Grad>)
+template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, typename State, bool kStatistics>
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State>)
     step_kernel(const __grid_constant__ StepLaunch<T> launch) {
   // 1. Gradients that overflowed: neither parameters, nor state, nor step counts move. Devices add up their flags.
   if (launch.found_inf != nullptr && *launch.found_inf != T(0)) {
     return;
   }
   // 2. The blocks share out the chunks.
-  __shared__ Coefficients<T> shared;
+  __shared__ Common<T> common;
   for (int64_t chunk = blockIdx.x; chunk < launch.chunks; chunk += gridDim.x) {
     const int tensor = launch.chunk_rows[chunk];
     const Grad* grad = static_cast<const Grad*>(launch.grads[tensor]);
@@ -241,15 +272,19 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, Param, Grad>)
     }
     const StepRow row = launch.rows[tensor];
     const StepGroup<T>& group = launch.groups[row.group];
-    __syncthreads();  // the last chunk's coefficients are no longer read
+    __syncthreads();  // the last chunk's are no longer read
     if (threadIdx.x == 0) {
-      shared = read_coefficients(launch, group, tensor, *in_global_memory(row.step) + 1);
+      const int64_t step = *in_global_memory(row.step) + 1;
+      common.coefficients = read_coefficients(launch, group, tensor, step);
+      if constexpr (!std::is_same_v<State, T>) {
+        common.key = rounding_key(row.rounding_key, step);
+      }
     }
     __syncthreads();
     const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr};
     const int64_t index = chunk - row.first_chunk;
-    // `shared` is read there, not copied: registers are scarce.
-    const StatisticsSums<T> sums = step_chunk<kAlgorithm, T, Param, Grad, kStatistics>(row, grad, index, shared, modes);
+    const StatisticsSums<T> sums =
+        step_chunk<kAlgorithm, T, Param, Grad, State, kStatistics>(row, grad, index, common, modes);
     if constexpr (kStatistics) {
       if (is_sampled(index)) {
         write_record(sums, launch.statistics + chunk);
@@ -260,26 +295,26 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<T, Param, Grad>)
   advance_steps(launch);
 }
 
-// The kernel of a parameter's dtype: each line fixes one thing more.
-template <Algorithm kAlgorithm, typename T, typename Param, typename Grad>
+// The kernel of a parameter's and a state's dtype: each line fixes one thing more.
+template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, typename State>
 const void* select_statistics(bool statistics) {
-  return statistics ? reinterpret_cast<const void*>(&step_kernel<kAlgorithm, T, Param, Grad, true>)
-                    : reinterpret_cast<const void*>(&step_kernel<kAlgorithm, T, Param, Grad, false>);
+  return statistics ? reinterpret_cast<const void*>(&step_kernel<kAlgorithm, T, Param, Grad, State, true>)
+                    : reinterpret_cast<const void*>(&step_kernel<kAlgorithm, T, Param, Grad, State, false>);
 }
-template <typename T, typename Param, typename Grad>
+template <typename T, typename Param, typename Grad, typename State>
 const void* select_algorithm(Algorithm algorithm, bool statistics) {
-  return algorithm == Algorithm::kMAdam ? select_statistics<Algorithm::kMAdam, T, Param, Grad>(statistics)
-                                        : select_statistics<Algorithm::kLaMAdam, T, Param, Grad>(statistics);
+  return algorithm == Algorithm::kMAdam ? select_statistics<Algorithm::kMAdam, T, Param, Grad, State>(statistics)
+                                        : select_statistics<Algorithm::kLaMAdam, T, Param, Grad, State>(statistics);
 }
-template <typename Param>
+template <typename Param, typename State>
 const void* select_grad(DType grad, Algorithm algorithm, bool statistics) {
   switch (grad) {
     case DType::kFloat:
-      return select_algorithm<float, Param, float>(algorithm, statistics);
+      return select_algorithm<float, Param, float, State>(algorithm, statistics);
     case DType::kHalf:
-      return select_algorithm<float, Param, Half>(algorithm, statistics);
+      return select_algorithm<float, Param, Half, State>(algorithm, statistics);
     case DType::kBFloat16:
-      return select_algorithm<float, Param, BFloat16>(algorithm, statistics);
+      return select_algorithm<float, Param, BFloat16, State>(algorithm, statistics);
     case DType::kDouble:
       break;
   }

@@ -5,7 +5,7 @@
 namespace maxva::cuda {
 
 const void* step_kernel_bfloat16(DType grad, Algorithm algorithm, bool statistics) {
-  return select_grad<BFloat16>(grad, algorithm, statistics);
+  return select_grad<BFloat16, float>(grad, algorithm, statistics);
 }
 
 }  // namespace maxva::cuda

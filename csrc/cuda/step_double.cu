@@ -5,7 +5,7 @@
 namespace maxva::cuda {
 
 const void* step_kernel_double(DType grad, Algorithm algorithm, bool statistics) {
-  return grad == DType::kDouble ? select_algorithm<double, double, double>(algorithm, statistics) : nullptr;
+  return grad == DType::kDouble ? select_algorithm<double, double, double, double>(algorithm, statistics) : nullptr;
 }
 
 }  // namespace maxva::cuda

@@ -5,7 +5,7 @@
 namespace maxva::cuda {
 
 const void* step_kernel_float(DType grad, Algorithm algorithm, bool statistics) {
-  return select_grad<float>(grad, algorithm, statistics);
+  return select_grad<float, float>(grad, algorithm, statistics);
 }
 
 }  // namespace maxva::cuda

@@ -5,7 +5,7 @@
 namespace maxva::cuda {
 
 const void* step_kernel_half(DType grad, Algorithm algorithm, bool statistics) {
-  return select_grad<Half>(grad, algorithm, statistics);
+  return select_grad<Half, float>(grad, algorithm, statistics);
 }
 
 }  // namespace maxva::cuda

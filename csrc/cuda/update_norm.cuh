@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
         const int offset = base + k * kUpdateThreads;
         if (offset < count) {
           const int64_t i = begin + offset;
-          const auto value = [&](const void* memory) { return *in_global_memory(static_cast<const T*>(memory) + i); };
+          const auto value = [&](const void* memory) { return read<T>(memory, i, launch.state_dtype); };
           const T param = read<T>(row.param, i, launch.param_dtype), grad = read<T>(grads, i, launch.grad_dtype);
           T exp_avg = value(row.exp_avg), grad_mean = value(row.grad_mean), grad_var = value(row.grad_var);
           T weight_sum = value(row.weight_sum), max_denom = modes.amsgrad ? value(row.max_denom) : T(0);

@@ -123,7 +123,8 @@ def _store(group: Group, i: int, values: Sequence[Tensor]) -> None:
         return
     param = tensors.params[i]
     strides = layouts.dense_strides(param)
-    random = rounding.random_bits(group.keys[i], int(tensors.steps[i]), param.numel(), param.device)
+    elements = torch.arange(param.numel(), device=param.device)
+    random = rounding.random_bits(group.keys[i], int(tensors.steps[i]), elements)
     for moment, value, its in zip(moments, values, random, strict=True):
         its = its.as_strided(param.shape, strides)
         moment.copy_(rounding.round_stochastically(_flush_subnormal(value, moment.dtype).float(), its))

@@ -1,0 +1,11 @@
+// The step kernels of float32 parameters with state in bfloat16.
+#include "cuda/kernels.h"
+#include "cuda/step.cuh"
+
+namespace maxva::cuda {
+
+const void* step_kernel_float_rounded(DType grad, Algorithm algorithm, bool statistics) {
+  return select_grad<float, BFloat16>(grad, algorithm, statistics);
+}
+
+}  // namespace maxva::cuda
