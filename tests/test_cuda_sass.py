@@ -16,7 +16,7 @@ from simulated_cuda import CSRC, NVCC_FLAGS, needs_nvcc
 SOURCES = ("step_float", "step_bfloat16", "step_half", "step_double", "grad_norm", "update_norm", "step_float_rounded")
 BUILDS = {"sm_80": SOURCES, "sm_90": (*SOURCES, "step_bfloat16_rounded"), "sm_100": SOURCES}
 # One machine language with one of the above, or older: for these the kernels that people use most.
-BUILDS |= {arch: ("step_float", "step_bfloat16") for arch in ("sm_75", "sm_86", "sm_89")}
+BUILDS |= dict.fromkeys(("sm_75", "sm_86", "sm_89"), ("step_float", "step_bfloat16"))
 BUILDS |= {"sm_120": ("step_float", "step_bfloat16", "step_float_rounded")}
 KERNELS = {"step_double": 4, "grad_norm": 7 + 2, "update_norm": 4 + 2}  # of a source; of the others 12
 
