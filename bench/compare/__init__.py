@@ -1,0 +1,1 @@
+"""Parts of `bench/compare_optimizers.py`, one subject a file; they import `bert` and torch, never the script."""
