@@ -243,6 +243,16 @@ def test_functional_form():
             assert torch.equal(optimizer.state[param][name], values[i]), name
 
 
+@pytest.mark.parametrize(
+    ("state_dtype", "amsgrad", "expected"), [(None, False, 16), (None, True, 20), (BF16, False, 8), (BF16, True, 10)]
+)
+def test_bytes_of_the_state(state_dtype, amsgrad, expected):
+    """Guards the table of bench/README.md, and so against an entry of the state that is there for nothing."""
+    (param,) = make_params((1000,))
+    optimizer = run(MAdam([param], state_dtype=state_dtype, amsgrad=amsgrad), 0, 1)
+    assert sum(value.nbytes for name, value in optimizer.state[param].items() if name != "step") == expected * 1000
+
+
 # --- the random numbers ----------------------------------------------------------------------------------------------
 
 
