@@ -167,7 +167,7 @@ def draw(record: dict[str, Any]) -> Any:
             steps = torch.arange(smooth.shape[1]) * 5 + 13
             for seed, row in enumerate(smooth):
                 axes.plot(steps, row, color=colour, linewidth=0.8, label=f"state in {state}" if seed == 0 else None)
-        axes.set(xlabel="step", title="small BERT: training loss, mean of 25 steps, three seeds")
+        axes.set(xlabel="step", title="small BERT: training loss (mean of 25 steps)")
         axes.legend()
     names = [f"{row['gradients']}, {row['upper']}" for row in record["accuracy"]]
     for shift, (state, colour) in enumerate(
