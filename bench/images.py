@@ -25,6 +25,7 @@ from typing import Any
 import plots
 import torch
 from compare import tuning
+from compare.contenders import package
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -44,17 +45,11 @@ class Contender:
     decay: float = DECAY
 
 
-def _package(name: str, groups: Any) -> Optimizer:
-    import pytorch_optimizer
-
-    return getattr(pytorch_optimizer, name)(groups)
-
-
 CONTENDERS = {
     "SGD": Contender(lambda groups: torch.optim.SGD(groups, momentum=0.9), 0.1, 5e-4),
     "AdamW": Contender(torch.optim.AdamW, 4e-3),
-    "LaProp": Contender(lambda groups: _package("LaProp", groups), 4e-3),
-    "AdaBelief": Contender(lambda groups: _package("AdaBelief", groups), 4e-3),
+    "LaProp": Contender(package("LaProp"), 4e-3),
+    "AdaBelief": Contender(package("AdaBelief"), 4e-3),
     "MAdam": Contender(lambda groups: MAdam(groups, beta2_range=(0.5, 0.999)), 4e-3),
     "LaMAdam": Contender(lambda groups: LaMAdam(groups, beta2_range=(0.5, 0.999)), 4e-3),
 }
@@ -87,7 +82,7 @@ def network() -> nn.Module:
 
 
 def train(name: str, lr: float, seed: int, steps: int, data: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """The loss on the images to choose by, infinite if it is no number, and the accuracy on those to test."""
+    """The loss on the images to choose by, None if it is no finite number, and the accuracy on those to test."""
     torch.manual_seed(seed)
     images, labels = (each[torch.randperm(len(each), generator=torch.Generator().manual_seed(seed))] for each in data)
     model, contender = network(), CONTENDERS[name]

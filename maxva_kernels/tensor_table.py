@@ -12,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter
 from typing import Generic, TypeVar
 
@@ -104,7 +105,7 @@ def step_key(groups: Sequence[Group]) -> tuple[object, ...]:
         *map(Tensor.numel, operands),
         *map(dtype_of, params),
         *map(dtype_of, joined(groups, "exp_avgs")),
-        *(key for group in groups for key in group.keys),
+        *chain.from_iterable(group.keys for group in groups),
         *(() if contiguous else map(Tensor.stride, operands)),
     )
 

@@ -62,7 +62,7 @@ def test_every_kernel_is_there(compiled):
 
 def test_no_local_memory(compiled):
     """Guards against spilled registers and arrays that the compiler could not keep in registers. On sm_120, whose
-    multiprocessors have little bandwidth to fill, ptxas spills up to six of the kernels that round their state."""
+    multiprocessors have little bandwidth to fill, ptxas spills up to six registers where the state is rounded."""
     for arch, code in compiled:
         allowed = 24 if arch == "sm_120" and re.search(r"BFloat16, \w+>$", code.name) else 0
         assert code.stack <= allowed, (arch, code.name, code.stack)

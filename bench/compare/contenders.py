@@ -30,9 +30,11 @@ class Contender:
     separate: bool = True  # the step subtracts lr * decay * parameter, apart from the update
 
 
-def _package(name: str) -> Callable[..., Optimizer]:
+def package(name: str) -> Callable[..., Optimizer]:
+    """An optimizer of `pytorch_optimizer`, which need not be installed to compare others."""
+
     def make(*args: Any, **kwargs: Any) -> Optimizer:
-        import pytorch_optimizer  # not one of this project's dependencies
+        import pytorch_optimizer
 
         return getattr(pytorch_optimizer, name)(*args, **kwargs)
 
@@ -49,10 +51,10 @@ CONTENDERS: dict[str, Contender] = {
     "AMSGrad": Contender(
         lambda groups: torch.optim.AdamW(groups, lr=1.0, betas=LONG, amsgrad=True, fused=True), ADAM_RATE
     ),
-    "LaProp": Contender(lambda groups: _package("LaProp")(groups, lr=1.0, betas=LONG), ADAM_RATE),
+    "LaProp": Contender(lambda groups: package("LaProp")(groups, lr=1.0, betas=LONG), ADAM_RATE),
     # Decay is within the update that LAMB scales.
     "LAMB": Contender(lambda groups: Lamb(groups, lr=1.0, betas=LONG), 2e-2, separate=False),
-    "AdaBelief": Contender(lambda groups: _package("AdaBelief")(groups, lr=1.0, betas=LONG), ADAM_RATE),
+    "AdaBelief": Contender(lambda groups: package("AdaBelief")(groups, lr=1.0, betas=LONG), ADAM_RATE),
     "RAdam": Contender(
         lambda groups: torch.optim.RAdam(groups, lr=1.0, betas=LONG, decoupled_weight_decay=True), ADAM_RATE
     ),

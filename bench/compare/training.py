@@ -24,7 +24,6 @@ from .contenders import Contender
 
 WARMUP, POWER = 0.1, 0.5  # the paper's decay is a square root
 CLIP = 1.0
-MASK_SHARE = 0.15
 # What of a setting decides the result of a run.
 RESULT = ("layers", "hidden", "heads", "vocab", "length", "steps", "micro_batch", "held_out", "device")
 
@@ -58,7 +57,7 @@ class Text:
         self.vocab = self.tokens.vocab_size
         self.length = setting.length
         # The same sequences with the same masks whatever the seed of the run.
-        self.held_out = data.MaskedSequences(self.tokens.held_out, self.length, self.vocab, 0, MASK_SHARE)
+        self.held_out = data.MaskedSequences(self.tokens.held_out, self.length, self.vocab, 0)
         self.rows = np.linspace(0, self.held_out.count - 1, min(self.held_out.count, setting.held_out)).astype(np.int64)
         self.unigram = data.unigram_loss(self.tokens.train, self.held_out, self.rows)
         self.facts = {
@@ -71,7 +70,7 @@ class Text:
 
     @cache  # noqa: B019  one text a process, one entry a seed
     def sequences(self, seed: int) -> data.MaskedSequences:
-        return data.MaskedSequences(self.tokens.train, self.length, self.vocab, seed, MASK_SHARE)
+        return data.MaskedSequences(self.tokens.train, self.length, self.vocab, seed)
 
 
 def average_step(before: Iterable[Tensor], groups: list[dict[str, Any]], separate: bool) -> float:

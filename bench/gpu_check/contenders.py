@@ -52,17 +52,14 @@ def ours(
         step(backends[0], None)
         moved, tensors = traffic(params, optimizer)
         grads = bytes_of([param.grad for param in params])
+        clips = {"": None, ", clipped": 1.0} if state_dtype is None else {", bfloat16 state": None}
         for backend in backends:
             name = algorithm.__name__ + (f" ({backend})" if len(backends) > 1 else "")
-            if state_dtype is not None:
-                name, step_on = f"{name}, bfloat16 state", partial(step, backend, None)
-                contenders.append(Contender(name, step_on, moved, tensors=tensors))
-                continue
-            plain, clipped = (lambda b=backend, c=clip, step=step: step(b, c) for clip in (None, 1.0))
-            contenders.append(Contender(name, plain, moved, tensors=tensors))
-            contenders.append(Contender(f"{name}, clipped", clipped, moved + grads, tensors=tensors))
+            for suffix, clip in clips.items():
+                bytes_moved = moved + (grads if clip else 0)
+                contenders.append(Contender(name + suffix, partial(step, backend, clip), bytes_moved, tensors=tensors))
         if reference and algorithm is MAdam and state_dtype is None:
-            eager = lambda step=step: step("reference", None)  # noqa: E731
+            eager = partial(step, "reference", None)
             contenders.append(Contender("MAdam (reference, eager)", eager, None, slow=True, tensors=tensors))
     return contenders
 
