@@ -16,7 +16,6 @@ Not controlled: betas, epsilons and decay are not tuned, and the best rate is kn
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any
 
 import plots
 import torch
-from compare import tuning
+from compare import paired, tuning
 from compare.contenders import package
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -105,47 +104,22 @@ def train(name: str, lr: float, seed: int, steps: int, data: tuple[Tensor, Tenso
 def compare(runs: tuning.Runs, steps: int = STEPS, fresh: int = FRESH) -> dict[str, Any]:
     data = digits()
 
-    def run(name: str, lr: float, seed: int) -> dict[str, Any]:
-        settings = {"optimizer": name, "lr": lr, "seed": seed, "steps": steps, "torch": torch.__version__}
-        result, is_new = runs.get(settings, lambda: train(name, lr, seed, steps, data))
-        if is_new:
-            print(f"{name} lr {lr:g} seed {seed}: {result['accuracy']:.2f} %", flush=True)
-        return result
-
-    found: dict[str, Any] = {}
-    for name, contender in CONTENDERS.items():
-        losses = tuning.tune(lambda lr, name=name: tuning.final(run(name, lr, 0)), contender.centre, RATES)  # type: ignore[misc]
-        best = tuning.best_rate(losses)
-        found[name] = {
-            "lr": best,
-            "at_edge": tuning.next_rate(losses) is not None,
-            "by_rate": {f"{lr:g}": run(name, lr, 0) for lr in losses},
-            "accuracy": [run(name, best, seed)["accuracy"] for seed in range(1, fresh + 1)],
-        }
-    base = found[BASELINE]["accuracy"]
-    for one in found.values():
-        one["mean"], one["standard_error"] = _mean(one["accuracy"])
-        one["minus_AdamW"] = _mean([a - b for a, b in zip(one["accuracy"], base, strict=True)])
+    found = paired.compare(
+        runs,
+        lambda name, lr, seed: train(name, lr, seed, steps, data),
+        {name: contender.centre for name, contender in CONTENDERS.items()},
+        baseline=BASELINE,
+        score="accuracy",
+        rates=RATES,
+        seeds=range(1, fresh + 1),
+        settings={"steps": steps},
+    )
     return {"steps": steps, "seeds": fresh, "optimizers": found}
 
 
-def _mean(values: list[float]) -> tuple[float, float]:
-    """With its standard error."""
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
-
-
 def draw(record: dict[str, Any]) -> Any:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for i, one in enumerate(record["optimizers"].values()):
-        axes.plot([i] * len(one["accuracy"]), one["accuracy"], ".", color="0.6")
-        axes.errorbar(i, one["mean"], one["standard_error"], fmt="o", capsize=4, color="tab:blue")
-    axes.set_xticks(range(len(record["optimizers"])), list(record["optimizers"]))
-    axes.set(ylabel="%", title=f"Accuracy on test images: {record['seeds']} seeds, mean and standard error")
-    axes.grid(alpha=0.3)
-    return figure
+    title = f"Accuracy on test images: {record['seeds']} seeds, mean and standard error"
+    return paired.figure(record["optimizers"], "accuracy", "%", title)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -154,11 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     record = compare(tuning.Runs(args.out and args.out / "images.jsonl"))
     print(f"{time.perf_counter() - begin:.0f} s\n")
-    print("| | best lr | accuracy, % | less AdamW's |\n| --- | ---: | ---: | ---: |")
-    for name, one in record["optimizers"].items():
-        rate = f"{one['lr']:g}{' (edge)' if one['at_edge'] else ''}"
-        difference = "{:+.2f} ({:.2f})".format(*one["minus_AdamW"])
-        print(f"| {name} | {rate} | {one['mean']:.2f} ({one['standard_error']:.2f}) | {difference} |")
+    print(paired.table(record["optimizers"], BASELINE, "accuracy"))
     plots.write(args, "images", record, draw)
 
 
