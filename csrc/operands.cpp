@@ -34,6 +34,8 @@ std::string dtype_name(ScalarType dtype) {
       return "torch.complex64";
     case ScalarType::ComplexDouble:
       return "torch.complex128";
+    case ScalarType::Short:
+      return "torch.int16";
     case ScalarType::Int:
       return "torch.int32";
     case ScalarType::Long:
@@ -182,6 +184,16 @@ void check_moment(const Named& moment, const Named& param, bool narrow) {
               " as the state of ", describe(param), "; was a checkpoint loaded in another dtype?");
   MAXVA_CHECK(!may_overlap(moment.tensor), describe(moment),
               " has elements that share memory (an expanded tensor?); use .clone()");
+}
+
+void check_master(const Named& master, const Named& param) {
+  MAXVA_CHECK(param.tensor.scalar_type() == ScalarType::BFloat16, describe(master), " belongs to ", describe(param),
+              ", and only bfloat16 parameters have such masters; pass a tensor without elements");
+  MAXVA_CHECK(is_strided(master.tensor) && master.tensor.scalar_type() == ScalarType::Short, describe(master),
+              " must be dense and torch.int16 as the master of ", describe(param));
+  MAXVA_CHECK(!may_overlap(master.tensor), describe(master),
+              " has elements that share memory (an expanded tensor?); use .clone()");
+  check_like(master, param);
 }
 
 void check_like(const Named& tensor, const Named& param) {

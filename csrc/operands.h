@@ -29,6 +29,8 @@ void check_grad(const Named& grad);
 // A strided tensor without overlapping memory, of the arithmetic's dtype or, if that is float32 and the state is
 // `narrow`, bfloat16.
 void check_moment(const Named& moment, const Named& param, bool narrow);
+// What belongs to a bfloat16 parameter's master weight, see Note [Master weights].
+void check_master(const Named& master, const Named& param);
 // Of the parameter's shape and on its device.
 void check_like(const Named& tensor, const Named& param);
 // One element of that dtype on the parameter's device.

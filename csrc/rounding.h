@@ -1,4 +1,4 @@
-// Stochastic rounding of the state to 16 bits.
+// Stochastic rounding of state and parameters to 16 bits.
 //
 // Note [Stochastic rounding]
 // A moving average moves by less than half a unit in a bfloat16's last place in nearly every step: rounded to nearest
@@ -20,7 +20,7 @@ struct RoundingKey {
 
 // Random numbers of 16 bits; what is above them is 0.
 struct RandomBits {
-  uint32_t exp_avg, grad_mean, grad_var, weight_sum;
+  uint32_t exp_avg, grad_mean, grad_var, weight_sum, param;
 };
 
 // A bijection that leaves no bit where it was (the finalizer of SplitMix64; Steele et al., 2014).
@@ -37,8 +37,8 @@ MAXVA_FN RoundingKey rounding_key(uint64_t tensor_key, int64_t step) {
 }
 
 // A hash of 32 bits (two rounds of multiplication and shift; the constants are lowbias32's, by Wellons, 2018), which
-// serves two of the four, and times an odd number the others: each is uniform, and no two are correlated. Elements
-// whose places are 2^32 apart have the same numbers, which makes neither of them wrong on average.
+// serves two of the five, and times odd numbers the others: each is uniform, and no two are correlated. Elements whose
+// places are 2^32 apart have the same numbers, which makes neither of them wrong on average.
 MAXVA_FN RandomBits random_bits(RoundingKey key, uint32_t element) {
   uint32_t x = element + key.low;
   x = (x ^ (x >> 16)) * 0x7feb352du;
@@ -46,7 +46,7 @@ MAXVA_FN RandomBits random_bits(RoundingKey key, uint32_t element) {
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   x = x ^ (x >> 16);
   const uint32_t y = x * 0x9e3779b1u;
-  return {x & 0xffffu, x >> 16, y & 0xffffu, y >> 16};
+  return {x & 0xffffu, x >> 16, y & 0xffffu, y >> 16, (x * 0x85ebca77u) >> 16};
 }
 
 // Infinity stays, and a NaN. `random` has 16 bits.

@@ -34,7 +34,7 @@ void StepArguments::check() const {
   for (const auto* values : {&beta1, &beta2_lower, &beta2_upper, &beta2_init, &eps, &weight_decay}) {
     check_length("a hyperparameter", values->size(), groups, "groups");
   }
-  for (const auto* values : {&decoupled_weight_decay, &amsgrad, &maximize, &adam_eps}) {
+  for (const auto* values : {&decoupled_weight_decay, &amsgrad, &maximize, &adam_eps, &stochastic_rounding}) {
     check_length("a mode", values->size(), groups, "groups");
   }
   MAXVA_CHECK(lr.is_cpu() && lr.scalar_type() == ScalarType::Double && lr.is_contiguous() &&
@@ -51,6 +51,10 @@ void StepArguments::check() const {
   const bool rounds = !rounding_keys.empty();
   if (rounds) {
     check_length("rounding_keys", rounding_keys.size(), count, "params");
+  }
+
+  if (!masters.empty()) {
+    check_length("masters", masters.size(), count, "params");
   }
 
   // 2. Tensors.
@@ -72,6 +76,10 @@ void StepArguments::check() const {
       if (amsgrad[g]) {
         check_state("max_denoms", max_denoms, next_max++);
       }
+      if (has_master(i)) {
+        check_master({masters[i], "masters", i}, param);
+      }
+      MAXVA_CHECK(!stochastic_rounding[g] || rounds, "stochastic_rounding needs rounding_keys");
       check_scalar({steps[i], "steps", i}, ScalarType::Long, param);
     }
   }

@@ -13,26 +13,31 @@
 namespace maxva {
 
 struct StepArguments {
-  // One entry for each parameter; max_denoms for each of a group with AMSGrad.
-  std::vector<Tensor> params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms, steps;
+  // One entry for each parameter; max_denoms for each of a group with AMSGrad. Of masters, int16, those have no
+  // elements whose parameter has none; with no masters at all the list may be empty.
+  std::vector<Tensor> params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms, masters, steps;
   bool laprop;
   // One entry for each group.
   std::vector<int64_t> group_sizes;
   Tensor lr;
   std::vector<double> beta1, beta2_lower, beta2_upper, beta2_init, eps, weight_decay;
-  std::vector<int64_t> decoupled_weight_decay, amsgrad, maximize, adam_eps;
+  std::vector<int64_t> decoupled_weight_decay, amsgrad, maximize, adam_eps, stochastic_rounding;
   // Of the whole step.
   std::optional<Tensor> grad_scale, found_inf, grad_norm;
   double max_grad_norm;
   // For each parameter: what its learning rate is multiplied by.
   std::optional<Tensor> trust_ratios;
-  // For each parameter: the key by which 16-bit state is rounded (rounding.h). May be empty where there is none.
+  // For each parameter: the key by which 16-bit state and parameters are rounded stochastically (rounding.h). May
+  // be empty where none are.
   std::vector<int64_t> rounding_keys;
   // For each chunk of each parameter: its StatisticsSums<float>.
   std::optional<Tensor> statistics;
   // For each parameter: its norm and that of its update at learning rate 1. Where these are asked for nothing is
   // stepped.
   std::optional<Tensor> update_norms;
+
+  // Whether a parameter has a master.
+  bool has_master(size_t param) const { return !masters.empty() && masters[param].numel() > 0; }
 
   // Raises unless one step can be done on all of it; changes nothing.
   void check() const;

@@ -8,9 +8,10 @@ says which backends were built and which can run.
 
 from . import functional
 from . import gpu_ops as _gpu_ops  # only registers  # noqa: F401
+from .master import join_master, split_master
 from .optim import LaMAdam, MAdam
 from .statistics import Statistics, StepStatistics
 
-__all__ = ["LaMAdam", "MAdam", "Statistics", "StepStatistics", "functional"]
+__all__ = ["LaMAdam", "MAdam", "Statistics", "StepStatistics", "functional", "join_master", "split_master"]
 
 __version__ = "0.1.0"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import describe
-from .groups import Group, Hyperparameters, Scaling, TensorLists, joined
+from .groups import Group, Hyperparameters, Scaling, TensorLists, joined, no_master
 from .statistics import Recorder, tensors_of
 
 library = torch.library.Library("maxva", "DEF")
@@ -23,24 +23,25 @@ STEP_LISTS = tuple(f.name for f in fields(TensorLists))
 """The tensor lists of `step_`, in its order."""
 
 # One step of MAdam (laprop=False) or LaMAdam (laprop=True), in place, over all parameters of one device.
-# Lists named in the plural have an entry for each parameter (max_denoms: for each of a group with AMSGrad), the others
-# for each group; group_sizes says how many consecutive parameters a group has. lr is a float64 CPU tensor, so that a
-# graph does not recompile when it changes. grad_norm is the global norm of the gradients as they stand;
-# max_grad_norm < 0 clips nothing. found_inf != 0 leaves everything untouched. trust_ratios has for each parameter,
-# float64, what its learning rate is multiplied by.
-# rounding_keys has for each parameter the key by which 16-bit state is rounded (rounding.py); it may be empty where
-# there is none.
+# Lists named in the plural have an entry for each parameter, the others for each group; group_sizes says how many
+# consecutive parameters a group has. max_denoms has an entry for each parameter of a group with AMSGrad; masters has
+# tensors without elements for parameters without one, or is empty. lr is a float64 CPU tensor, so that a graph does not
+# recompile when it changes. grad_norm is the global norm of the gradients as they stand; max_grad_norm < 0 clips
+# nothing. found_inf != 0 leaves everything untouched. trust_ratios has for each parameter, float64, what its learning
+# rate is multiplied by.
+# rounding_keys has for each parameter the key of what is rounded stochastically (rounding.py); it may be empty where
+# nothing is.
 # statistics, float32 of shape [chunks, fields], takes the records of statistics.py, whose sampled chunks are written.
 # update_norms, float64 of shape [params, 2], takes for each parameter its norm and that of its update at learning rate
 # 1; where it is given nothing else is changed.
 library.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] grad_means, "
-    "Tensor(d!)[] grad_vars, Tensor(e!)[] weight_sums, Tensor(f!)[] max_denoms, Tensor(g!)[] steps, *, "
-    "bool laprop, int[] group_sizes, Tensor lr, float[] beta1, float[] beta2_lower, float[] beta2_upper, "
-    "float[] beta2_init, float[] eps, float[] weight_decay, int[] decoupled_weight_decay, int[] amsgrad, "
-    "int[] maximize, int[] adam_eps, Tensor? grad_scale=None, Tensor? found_inf=None, Tensor? grad_norm=None, "
-    "float max_grad_norm=-1.0, Tensor? trust_ratios=None, int[] rounding_keys=[], Tensor(h!)? statistics=None, "
-    "Tensor(i!)? update_norms=None) -> ()"
+    "Tensor(d!)[] grad_vars, Tensor(e!)[] weight_sums, Tensor(f!)[] max_denoms, Tensor(j!)[] masters, "
+    "Tensor(g!)[] steps, *, bool laprop, int[] group_sizes, Tensor lr, float[] beta1, float[] beta2_lower, "
+    "float[] beta2_upper, float[] beta2_init, float[] eps, float[] weight_decay, int[] decoupled_weight_decay, "
+    "int[] amsgrad, int[] maximize, int[] adam_eps, int[] stochastic_rounding, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None, Tensor? grad_norm=None, float max_grad_norm=-1.0, Tensor? trust_ratios=None, "
+    "int[] rounding_keys=[], Tensor(h!)? statistics=None, Tensor(i!)? update_norms=None) -> ()"
 )
 # The global L2 norm of all gradients: a scalar, float64 if any gradient is, else float32. Deterministic, and finite
 # wherever the norm itself is representable.
@@ -108,7 +109,7 @@ def call_step(
     statistics = None if recorder is None else recorder.table(tensors_of(groups), device)
     hypers = [group.hyper for group in groups]
     step_(
-        *(joined(groups, name) for name in STEP_LISTS),
+        *(_masters(groups) if name == "masters" else joined(groups, name) for name in STEP_LISTS),
         laprop=laprop,
         group_sizes=[len(group.tensors.params) for group in groups],
         lr=_rates(hypers),
@@ -122,6 +123,7 @@ def call_step(
         amsgrad=[int(hyper.amsgrad) for hyper in hypers],
         maximize=[int(hyper.maximize) for hyper in hypers],
         adam_eps=[int(hyper.eps_mode == "adam") for hyper in hypers],
+        stochastic_rounding=[int(hyper.stochastic_rounding) for hyper in hypers],
         grad_scale=scaling.grad_scale,
         found_inf=scaling.found_inf,
         grad_norm=scaling.grad_norm,
@@ -131,6 +133,13 @@ def call_step(
         statistics=statistics,
         update_norms=update_norms,
     )
+
+
+def _masters(groups: Sequence[Group]) -> list[Tensor]:
+    """None, or one for each parameter of all groups."""
+    if not any(group.tensors.masters for group in groups):
+        return []
+    return [master for group in groups for master in group.tensors.masters or map(no_master, group.tensors.params)]
 
 
 def _rounding_keys(groups: Sequence[Group]) -> list[int]:

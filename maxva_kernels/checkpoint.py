@@ -42,6 +42,12 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     for i, group in enumerate(groups):
         _check_group(optimizer, i, group)
     for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
+        saved, wanted = group.get("master_weights", False), own["master_weights"]
+        if saved != wanted:
+            raise ValueError(
+                f"param_groups[{i}] of this checkpoint has master_weights={saved}, but this optimizer has {wanted}; "
+                f"make the optimizer with that, and once loaded set param_groups[{i}]['master_weights'] = {wanted}"
+            )
         saved, wanted = group.get("state_dtype"), own["state_dtype"]
         if saved != wanted:
             raise ValueError(
@@ -121,7 +127,7 @@ def _check_state(index: int, param: Tensor, state_dtype: torch.dtype | None, ent
     if not isinstance(step, int | float) and not (isinstance(step, Tensor) and step.numel() == 1):
         found = f"a tensor of shape {list(step.shape)}" if isinstance(step, Tensor) else repr(step)
         raise ValueError(f"{where} must have one number as step, this checkpoint has {found}")
-    for name in (*MOMENTS, "max_denom"):
+    for name in (*MOMENTS, "max_denom", "master"):
         value = entries.get(name)
         if value is None:
             continue
@@ -136,6 +142,13 @@ def _check_state(index: int, param: Tensor, state_dtype: torch.dtype | None, ent
                 f"{where} has {name} as {_placed(value)}, but the parameter is {_placed(param)}; "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict moves a checkpoint between placements"
             )
+        if name == "master":
+            wanted = torch.int16 if param.dtype == torch.bfloat16 else torch.float32
+            if value.dtype != wanted:
+                raise ValueError(
+                    f"{where} has {name} in {value.dtype}, but that of a {param.dtype} parameter is {wanted}"
+                )
+            continue
         wanted = state_dtype or arithmetic_dtype(param)
         if value.dtype != wanted:
             raise ValueError(

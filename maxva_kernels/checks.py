@@ -29,7 +29,9 @@ def check_groups(groups: Sequence[Group]) -> None:
             _require(found == len(tensors.params), f"{name} has {found} entries for {len(tensors.params)} params")
         found, expected = len(tensors.max_denoms), len(tensors.params) if hyper.amsgrad else 0
         _require(found == expected, f"max_denoms has {found} entries for {expected} params of groups with AMSGrad")
-        found, expected = len(keys), len(tensors.params) if keys else 0
+        found, expected = len(tensors.masters), len(tensors.params) if tensors.masters else 0
+        _require(found == expected, f"masters has {found} entries for {expected} params")
+        found, expected = len(keys), len(tensors.params) if keys or hyper.stochastic_rounding else 0
         _require(found == expected, f"rounding_keys has {found} entries for {expected} params")
     for i, param in enumerate(params):
         check_param(param, i)
@@ -55,6 +57,11 @@ def check_groups(groups: Sequence[Group]) -> None:
     for i, moment in enumerate(joined(groups, "max_denoms")):
         at = param_indices[i]
         _check_state(moment, "max_denoms", i, params[at], at, exp_avgs[at])
+    have_masters = [bool(tensors.masters) for _, tensors, *_ in groups for _ in tensors.params]
+    param_indices = [i for i, has_master in enumerate(have_masters) if has_master]
+    for at, (i, master) in enumerate(zip(param_indices, joined(groups, "masters"), strict=True)):
+        if master.numel() > 0:
+            _check_master(master, at, params[i], i)
     for i, step in enumerate(joined(groups, "steps")):
         _require(
             step.dtype == torch.int64 and step.numel() == 1 and step.device == params[i].device,
@@ -103,6 +110,25 @@ def _check_state(
         not layouts.may_overlap(tensor),
         f"{describe(tensor, name, index)} has elements that share memory (an expanded tensor?); use .clone()",
     )
+
+
+def _check_master(master: Tensor, index: int, param: Tensor, param_index: int) -> None:
+    named, its_param = describe(master, "masters", index), describe(param, "params", param_index)
+    _require(
+        param.dtype == torch.bfloat16,
+        f"{named} belongs to {its_param}, and only bfloat16 parameters have such masters; "
+        "pass a tensor without elements",
+    )
+    _require(
+        master.layout == torch.strided and master.dtype == torch.int16,
+        f"{named} must be dense and torch.int16 as the master of {its_param}",
+    )
+    _require(
+        not layouts.may_overlap(master),
+        f"{named} has elements that share memory (an expanded tensor?); use .clone()",
+    )
+    _require(master.shape == param.shape, f"{named} must have the shape of {its_param}")
+    _require(master.device == param.device, f"{named} must be on the device of {its_param}; move it there")
 
 
 def _check_like(

@@ -31,6 +31,7 @@ def madam_(
     weight_sums: list[Tensor],
     steps: list[Tensor],
     max_denoms: list[Tensor] | None = None,
+    masters: list[Tensor] | None = None,
     *,
     lr: float | Tensor,
     beta1: float = 0.9,
@@ -42,6 +43,7 @@ def madam_(
     maximize: bool = False,
     eps_mode: str = "paper",
     trust_ratio: bool = False,
+    stochastic_rounding: bool = False,
     rounding_seed: int = 0,
     max_grad_norm: float | None = None,
     grad_scale: Tensor | None = None,
@@ -62,8 +64,11 @@ def madam_(
         weight_sums: the zeroth moment w (Eq. 2).
         steps: int64 scalars, the number of steps done; advanced by one.
         max_denoms: the running maximum of sqrt(v); passing it turns AMSGrad on.
-        rounding_seed: of the random numbers that bfloat16 state is rounded by, with a parameter's place in the lists
-            and its step.
+        masters: int16 of the parameters' shapes, zero before the first step: what makes float32 weights of bfloat16
+            parameters (`maxva_kernels.join_master`). Of others, tensors without elements.
+        stochastic_rounding: of bfloat16 parameters without master; others are rounded to nearest.
+        rounding_seed: of the random numbers that state and parameters are rounded by, with a parameter's place in the
+            lists and its step.
         max_grad_norm: clip by the global norm of these gradients, after unscaling.
         grad_scale: a scalar that the gradients are to be divided by.
         found_inf: a scalar; where it is not 0 nothing is changed.
@@ -87,6 +92,7 @@ def lamadam_(
     weight_sums: list[Tensor],
     steps: list[Tensor],
     max_denoms: list[Tensor] | None = None,
+    masters: list[Tensor] | None = None,
     *,
     lr: float | Tensor,
     beta1: float = 0.9,
@@ -98,6 +104,7 @@ def lamadam_(
     maximize: bool = False,
     eps_mode: str = "paper",
     trust_ratio: bool = False,
+    stochastic_rounding: bool = False,
     rounding_seed: int = 0,
     max_grad_norm: float | None = None,
     grad_scale: Tensor | None = None,
@@ -259,6 +266,7 @@ def _single_group(
     weight_sums: list[Tensor],
     steps: list[Tensor],
     max_denoms: list[Tensor] | None,
+    masters: list[Tensor] | None,
     max_grad_norm: float | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -268,7 +276,9 @@ def _single_group(
 ) -> None:
     group = Group(
         Hyperparameters(**hyper, amsgrad=max_denoms is not None),  # type: ignore[arg-type]
-        TensorLists(params, list(grads), exp_avgs, grad_means, grad_vars, weight_sums, max_denoms or [], steps),
+        TensorLists(
+            params, list(grads), exp_avgs, grad_means, grad_vars, weight_sums, max_denoms or [], masters or [], steps
+        ),
         keys=[tensor_key(rounding_seed, i) for i in range(len(params))],
     )
     step_groups(

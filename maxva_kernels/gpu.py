@@ -33,8 +33,8 @@ from .tensor_table import (
 # The numbers of csrc/dtype.h.
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
-# csrc/cuda/arguments.h (PackedGroup): lr and its address, six coefficients, three modes.
-_PACKED_GROUP = struct.Struct("=dQ6d3q")
+# csrc/cuda/arguments.h (PackedGroup): lr and its address, six coefficients, four modes.
+_PACKED_GROUP = struct.Struct("=dQ6d4q")
 
 # What stands for the address of a gradient without elements, which has none: not 0, which would mean no gradient.
 _NO_ELEMENTS = 1
@@ -333,6 +333,7 @@ def _pack(hypers: Sequence[Hyperparameters], dtype: torch.dtype, device: torch.d
                 hyper.decoupled_weight_decay,
                 hyper.maximize,
                 hyper.eps_mode == "adam",
+                hyper.stochastic_rounding,
             )
         )
     return b"".join(packed), rates

@@ -41,7 +41,7 @@ def step_(
             eps_mode=EPS_MODES[own.pop("adam_eps")],
             **{name: bool(value) if isinstance(value, int) else value for name, value in own.items()},
         )
-        # max_denoms has the tensors of groups with AMSGrad alone
+        # max_denoms has the tensors of groups with AMSGrad alone, masters those of all or none
         counts = {name: 0 if name == "max_denoms" and not hyper.amsgrad else size for name in given}
         tensors = TensorLists(**{name: list(islice(given[name], counts[name])) for name in given})
         groups.append(Group(hyper, tensors, keys=list(islice(keys, size))))

@@ -65,6 +65,7 @@ class Hyperparameters:
     maximize: bool = False
     eps_mode: str = "paper"
     trust_ratio: bool = False
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.lr, Tensor):
@@ -111,12 +112,14 @@ def _require(name: str, value: Any, holds: Callable[[Any], bool], rule: str) -> 
 
 @dataclass
 class TensorLists:
-    """The tensors of one group's step, aligned by index; ``max_denoms`` is empty without AMSGrad.
+    """The tensors of one group's step, aligned by index; ``max_denoms`` is empty without AMSGrad, ``masters`` where no
+    parameter has one.
 
     Parameters and gradients are float32, bfloat16, float16 or float64. A parameter's moments have its shape and one
-    dtype, `arithmetic_dtype` or, where that is float32, bfloat16. Steps are int64 scalars counting the steps done.
-    Where a gradient is None nothing of that parameter changes: so a GPU's table of pointers can stay as gradients come
-    and go.
+    dtype, `arithmetic_dtype` or, where that is float32, bfloat16. A bfloat16 parameter may have a master, int16 of its
+    shape (master.py); in place of others stand tensors without elements. Steps are int64 scalars counting the steps
+    done. Where a gradient is None nothing of that parameter changes: so a GPU's table of pointers can stay as gradients
+    come and go.
     """
 
     params: list[Tensor] = field(default_factory=list)
@@ -126,6 +129,7 @@ class TensorLists:
     grad_vars: list[Tensor] = field(default_factory=list)
     weight_sums: list[Tensor] = field(default_factory=list)
     max_denoms: list[Tensor] = field(default_factory=list)
+    masters: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
 
 
@@ -133,7 +137,7 @@ class Group(NamedTuple):
     hyper: Hyperparameters
     tensors: TensorLists
     number: int = 0  # among the optimizer's groups, of which each device has a part
-    keys: Sequence[int] = ()  # for each parameter, where 16-bit state is to be rounded (rounding.py)
+    keys: Sequence[int] = ()  # for each parameter, where something is rounded stochastically (rounding.py)
 
 
 class Scaling(NamedTuple):
@@ -149,6 +153,11 @@ class Scaling(NamedTuple):
     grad_norm: Tensor | None = None
     max_grad_norm: float | None = None
     trust_ratios: Tensor | None = None
+
+
+def no_master(param: Tensor) -> Tensor:
+    """What stands in `TensorLists.masters` for a parameter that has none."""
+    return torch.empty(0, dtype=torch.int16, device=param.device)
 
 
 def joined(groups: Sequence[Group], name: str) -> list[Any]:

@@ -21,12 +21,22 @@ from .groups import (
     TensorLists,
     arithmetic_dtype,
     may_be_state,
+    no_master,
     state_dtype_name,
 )
 from .rounding import tensor_key
 from .statistics import Recorder, StepStatistics
 
 __all__ = ["LaMAdam", "MAdam"]
+
+# What a parameter's master weight is at first, and so what its state keeps: beside bfloat16 what makes a float32 of it.
+MASTERS: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
+    torch.bfloat16: lambda param: _zeros_like(param, torch.int16),
+    torch.float16: lambda param: param.detach().to(torch.float32, copy=True),
+}
+
+# The options without which a group has no entries in a list.
+_OPTION_OF: dict[str, str] = {"max_denoms": "amsgrad", "masters": "master_weights"}
 
 # Options of the whole optimizer, not of a group.
 _OWN_OPTIONS = ("max_grad_norm", "skip_nonfinite", "collect_statistics", "capturable", "backend")
@@ -60,9 +70,13 @@ _ARGUMENTS = """
         collect_statistics: have `step` note what `statistics` tells.
         state_dtype: `torch.bfloat16` keeps the state in half the memory, rounded stochastically; not that of float64
             parameters. None: float32, or float64 for float64 parameters.
-        rounding_seed: of the random numbers for that. With a parameter's place among all and its count of steps it
+        rounding_seed: of the random numbers for these. With a parameter's place among all and its count of steps it
             determines them, so they survive a checkpoint; ranks of data parallel training need the same.
-        master_weights: False is the only choice yet.
+        master_weights: keep a float32 weight for each bfloat16 parameter, by 16 bits of state beside it (``master``;
+            `maxva_kernels.join_master` puts them together), and for each float16 parameter, whole. The parameter is
+            its rounding to nearest. Parameters of 32 and 64 bits are their own masters.
+        stochastic_rounding: round bfloat16 parameters up or down at random, right on average, where the default, to
+            nearest, loses updates of less than half a unit in the last place. For those without master; not float16.
         differentiable: False is the only choice: the kernels record no graph to differentiate a step by.
         capturable: keep the learning rate in a tensor on the parameters' device, which schedulers update in place, so
             that `step` can be captured in a CUDA graph whose replays follow it. Run some steps before the capture.
@@ -73,13 +87,12 @@ _ARGUMENTS = """
     group.
 
     State of a parameter: ``step`` (int64 scalar), ``exp_avg`` (m~), ``grad_mean`` (u), ``grad_var`` (v - u^2),
-    ``weight_sum`` (w), with AMSGrad ``max_denom``.
+    ``weight_sum`` (w), with AMSGrad ``max_denom``, with master weights ``master``.
 
     Raises:
         ValueError: an argument is out of range.
         RuntimeError: the backend cannot run on a parameter's device; from `step`, a gradient or state does not fit,
             in which case nothing has been changed.
-        NotImplementedError: an option has no implementation yet.
 """
 
 
@@ -127,8 +140,6 @@ class _MaxVA(Optimizer):
             if isinstance(group["lr"], Tensor):  # read now, and not in each step: a GPU would be waited for
                 _hyperparameters({**group, "lr": group["lr"].item()})
             self._place_lr(group)
-            if group["master_weights"]:
-                raise NotImplementedError("master_weights=True is not implemented yet; use False")
             if group["differentiable"]:
                 raise ValueError(
                     "differentiable=True is not supported: the kernels write parameters in place and record no graph; "
@@ -143,6 +154,7 @@ class _MaxVA(Optimizer):
                 listed = [(g, i, names) for i in range(len(group["params"]))]
                 raise RuntimeError(_name_parameter(str(error), lambda _: listed)) from error
             _check_state_dtype(group)
+            _check_rounding(group)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -189,6 +201,7 @@ class _MaxVA(Optimizer):
             if type(error) is RuntimeError:  # not its subclasses, as NotImplementedError
                 raise RuntimeError(_name_parameter(str(error), self._listed)) from error
             raise
+        self._round_masters()
         self._recorder = recorder
         return loss
 
@@ -247,7 +260,7 @@ class _MaxVA(Optimizer):
             for param in settings["params"]:
                 number += 1
                 grad = param.grad
-                if grad is None and not self._has_state(param, hyper):
+                if grad is None and not self._has_state(param, settings):
                     continue
                 state = self.state[param]
                 if not state:
@@ -256,14 +269,17 @@ class _MaxVA(Optimizer):
                 if hyper.amsgrad and "max_denom" not in state:
                     state["max_denom"] = _zeros_like(param, dtype)
                     fresh.append((param, "max_denom"))
+                if settings["master_weights"] and param.dtype in MASTERS and "master" not in state:
+                    state["master"] = MASTERS[param.dtype](param)
+                    fresh.append((param, "master"))
                 lists = by_device.get(param.device)
                 if lists is None:
                     lists = by_device[param.device] = TensorLists()
                     keys[param.device] = []
                     groups.append(Group(hyper, lists, index, keys[param.device]))
-                if dtype is not None:
+                if dtype is not None or hyper.stochastic_rounding:
                     keys[param.device].append(tensor_key(settings["rounding_seed"], number))
-                lists.params.append(param)
+                lists.params.append(state["master"] if _has_whole_master(param, settings) else param)
                 lists.grads.append(grad)
                 lists.exp_avgs.append(state["exp_avg"])
                 lists.grad_means.append(state["grad_mean"])
@@ -272,19 +288,34 @@ class _MaxVA(Optimizer):
                 lists.steps.append(state["step"])
                 if hyper.amsgrad:
                     lists.max_denoms.append(state["max_denom"])
+                if settings["master_weights"]:
+                    lists.masters.append(state["master"] if param.dtype == torch.bfloat16 else no_master(param))
         return groups
 
-    def _has_state(self, param: Tensor, hyper: Hyperparameters) -> bool:
+    def _has_state(self, param: Tensor, settings: dict[str, Any]) -> bool:
         state = self.state.get(param, {})
-        return bool(state) and (not hyper.amsgrad or "max_denom" in state)
+        has_master = not settings["master_weights"] or param.dtype not in MASTERS or "master" in state
+        return bool(state) and has_master and (not settings["amsgrad"] or "max_denom" in state)
+
+    def _round_masters(self) -> None:
+        """Copies the whole master weights to their parameters."""
+        pairs = [
+            (param, self.state[param]["master"])
+            for settings in self.param_groups
+            for param in settings["params"]
+            if param.grad is not None and _has_whole_master(param, settings)
+        ]
+        if pairs:
+            params, masters = zip(*pairs, strict=True)
+            torch._foreach_copy_(distributed.to_local(params), distributed.to_local(masters))
 
     def _listed(self, name: str, every: bool = False) -> list[tuple[int, int, list[str] | None]]:
-        """Whose tensors the list ``name`` of a step has: it skips parameters without gradient, or without maxima."""
+        """Whose tensors the list ``name`` of a step has: it skips parameters without gradient, or without such."""
         return [
             (g, i, settings.get("param_names"))
             for g, settings in enumerate(self.param_groups)
             for i, param in enumerate(settings["params"])
-            if every or (param.grad is not None and (name != "max_denoms" or settings["amsgrad"]))
+            if every or (param.grad is not None and (name not in _OPTION_OF or settings[_OPTION_OF[name]]))
         ]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -325,6 +356,8 @@ class _MaxVA(Optimizer):
         for group in self.param_groups:
             group.setdefault("trust_ratio", False)  # of a checkpoint older than that
             group.setdefault("rounding_seed", 0)
+            group.setdefault("master_weights", False)
+            group.setdefault("stochastic_rounding", False)
         checkpoint.unwrap(self.state)
 
 
@@ -361,6 +394,7 @@ class MAdam(_MaxVA):
         state_dtype: torch.dtype | None = None,
         rounding_seed: int = 0,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
         backend: str = "auto",
@@ -400,6 +434,7 @@ class LaMAdam(_MaxVA):
         state_dtype: torch.dtype | None = None,
         rounding_seed: int = 0,
         master_weights: bool = False,
+        stochastic_rounding: bool = False,
         differentiable: bool = False,
         capturable: bool = False,
         backend: str = "auto",
@@ -430,6 +465,26 @@ def _check_state_dtype(group: dict[str, Any]) -> None:
             raise ValueError(f"state_dtype={dtype} is too narrow for {named}; use None in a group of such parameters")
 
 
+def _check_rounding(group: dict[str, Any]) -> None:
+    if not group["stochastic_rounding"]:
+        return
+    if group["master_weights"]:
+        raise ValueError(
+            "master_weights and stochastic_rounding exclude each other: with a master no update is lost; choose one"
+        )
+    for index, param in enumerate(group["params"]):
+        if param.dtype == torch.float16:
+            raise ValueError(
+                f"stochastic_rounding is for bfloat16, which {checks.describe(param, 'params', index)} is not; "
+                "use master_weights=True, or False in a group of such parameters"
+            )
+
+
+def _has_whole_master(param: Tensor, settings: dict[str, Any]) -> bool:
+    """Whether the kernel steps a float32 master in place of the parameter."""
+    return settings["master_weights"] and param.dtype == torch.float16
+
+
 def _init_state(param: Tensor, state: dict[str, Any], dtype: torch.dtype | None) -> None:
     state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
     for name in MOMENTS:
@@ -445,7 +500,9 @@ def _name_parameter(message: str, listed: Callable[[str], list[tuple[int, int, l
 
     ``listed`` says for a list's name, of each entry, the indices of the group and within it, and the group's names.
     """
-    match = re.search(r"\b(params|grads|exp_avgs|grad_means|grad_vars|weight_sums|max_denoms|steps)\[(\d+)\]", message)
+    match = re.search(
+        r"\b(params|grads|exp_avgs|grad_means|grad_vars|weight_sums|max_denoms|masters|steps)\[(\d+)\]", message
+    )
     entries = listed(match[1]) if match else []
     if match is None or int(match[2]) >= len(entries):
         return message

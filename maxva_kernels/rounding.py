@@ -1,4 +1,4 @@
-"""Stochastic rounding of the state to bfloat16: the random numbers of csrc/rounding.h, where a note says why.
+"""Stochastic rounding to bfloat16: the random numbers of csrc/rounding.h, where a note says why.
 
 They are a function of the tensor's key, the step and the element's place in memory.
 """
@@ -27,7 +27,7 @@ def tensor_key(seed: int, number: int) -> int:
 
 
 def random_bits(key: int, step: int, elements: Tensor) -> tuple[Tensor, ...]:
-    """For momentum, mean, variance and weight sum 16 random bits each, int64 in the shape of ``elements``.
+    """For momentum, mean, variance, weight sum and parameter 16 random bits each, int64 in the shape of ``elements``.
 
     Args:
         key: of the tensor.
@@ -42,7 +42,7 @@ def random_bits(key: int, step: int, elements: Tensor) -> tuple[Tensor, ...]:
     x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
     x = x ^ (x >> 16)
     y = (x * 0x9E3779B1) & 0xFFFFFFFF
-    return x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16
+    return x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16, ((x * 0x85EBCA77) & 0xFFFFFFFF) >> 16
 
 
 def round_stochastically(values: Tensor, random: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ STATE_LISTS = ("exp_avgs", "grad_means", "grad_vars", "weight_sums")
 STEP_COLUMNS = (
     *("param", "exp_avg", "grad_mean", "grad_var", "weight_sum", "max_denom", "step"),  # addresses
     *("numel", "group", "first_chunk", "rounding_key"),
+    "master",  # address
 )
 # And of the norm's (NormRow).
 NORM_COLUMNS = ("numel", "first_chunk", "first_sum")
@@ -95,11 +96,11 @@ def step_key(groups: Sequence[Group]) -> tuple[object, ...]:
         RuntimeError: a tensor has no address; it is sparse.
     """
     params = joined(groups, "params")
-    operands = [t for name in ("params", *STATE_LISTS, "max_denoms") for t in joined(groups, name)]
+    operands = [t for name in ("params", *STATE_LISTS, "max_denoms", "masters") for t in joined(groups, name)]
     contiguous = all(map(Tensor.is_contiguous, operands))
     return (
         params[0].device,
-        *((len(group.tensors.params), group.hyper.amsgrad) for group in groups),
+        *((len(group.tensors.params), group.hyper.amsgrad, len(group.tensors.masters)) for group in groups),
         *map(Tensor.data_ptr, operands),
         *map(Tensor.data_ptr, joined(groups, "steps")),
         *map(Tensor.numel, operands),
@@ -114,11 +115,13 @@ def make_step_table(groups: Sequence[Group], chunk: int, max_tensors: int, max_g
     """A table for checked groups, cut in chunks of that many elements and segments that fit a launch."""
     table = StepTable()
     params = joined(groups, "params")
-    lists = {name: joined(groups, name) for name in ("params", *STATE_LISTS, "max_denoms", "steps")}
+    lists = {name: joined(groups, name) for name in ("params", *STATE_LISTS, "max_denoms", "masters", "steps")}
     group_of = [g for g, group in enumerate(groups) for _ in group.tensors.params]
     keys = [key for group in groups for key in group.keys or [0] * len(group.tensors.params)]
     with_max = [i for i, g in enumerate(group_of) if groups[g].hyper.amsgrad]
     max_index = {i: j for j, i in enumerate(with_max)}
+    with_masters = [i for i, g in enumerate(group_of) if groups[g].tensors.masters]
+    master_index = {i: j for j, i in enumerate(with_masters)}
 
     def address(name: str, index: int, strides: Sequence[int]) -> int:
         tensor = lists[name][index]
@@ -139,6 +142,7 @@ def make_step_table(groups: Sequence[Group], chunk: int, max_tensors: int, max_g
             [address(name, i, strides) for name in ("params", *STATE_LISTS)]
             + [address("max_denoms", max_index[i], strides) if i in max_index else 0]
             + [lists["steps"][i].data_ptr(), param.numel(), group_of[i], 0, keys[i]]
+            + [address("masters", master_index[i], strides) if i in master_index else 0]
         )
 
     dtypes = list(zip(map(dtype_of, params), map(dtype_of, lists["exp_avgs"]), strict=True))

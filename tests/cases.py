@@ -48,6 +48,14 @@ OPTIONS = {
     },
 }
 
+# What is for bfloat16 parameters alone.
+BFLOAT16_OPTIONS = {
+    "master_weights": {"master_weights": True},
+    "stochastic_rounding": {"stochastic_rounding": True},
+    "all_and_master_weights": {**OPTIONS["all"], "master_weights": True},
+    "all_and_stochastic_rounding": {**OPTIONS["all"], "stochastic_rounding": True},
+}
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Nothing, one, odd, around vector widths (4 to 16), conversion blocks (512) and the norm's lanes (1024).

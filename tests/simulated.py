@@ -53,6 +53,7 @@ def step_ranges(launch: gpu.StepLaunch) -> list[Range]:
         ranges.append((f"param{i}", row["param"], row["numel"] * SIZES[launch.param_dtype]))
         for name in ("exp_avg", "grad_mean", "grad_var", "weight_sum", "max_denom"):
             ranges.append((f"{name}{i}", row[name], row["numel"] * SIZES[launch.state_dtype]))
+        ranges.append((f"master{i}", row["master"], row["numel"] * 2))
     rates = [address for _, address, *_ in gpu._PACKED_GROUP.iter_unpack(launch.groups)]
     return ranges + [(f"lr{g}", address, wide) for g, address in enumerate(rates)]
 

@@ -16,6 +16,9 @@ OPTIONS = {
     "AMSGrad, decay": {"amsgrad": True, "weight_decay": 0.1},
     "trust ratio": {"trust_ratio": True, "weight_decay": 0.1, "collect_statistics": True},
     "16-bit state": {"state_dtype": torch.bfloat16, "amsgrad": True},
+    "master weights": {"master_weights": True, "dtype": torch.bfloat16},
+    "whole master weights": {"master_weights": True, "dtype": torch.float16},
+    "stochastic rounding": {"stochastic_rounding": True, "dtype": torch.bfloat16},
     "lr in a tensor": {"lr": torch.tensor(0.01)},
 }
 
@@ -36,6 +39,7 @@ def build(algorithm, option):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
     settings = {"lr": 0.01, **OPTIONS[option]}
+    model.to(settings.pop("dtype", torch.float32))
     if isinstance(settings["lr"], torch.Tensor):
         settings["lr"] = settings["lr"].clone()
     groups = [{"params": list(model[0].parameters())}, {"params": list(model[2].parameters()), "beta1": 0.8}]
@@ -43,7 +47,8 @@ def build(algorithm, option):
 
 
 def loss_of(model, step):
-    return model(torch.full((3, 4), 0.1 * step + 0.1)).square().mean()
+    dtype = next(model.parameters()).dtype
+    return model(torch.full((3, 4), 0.1 * step + 0.1, dtype=dtype)).square().mean()
 
 
 def anneal(optimizer):

@@ -8,7 +8,17 @@ import re
 
 import pytest
 import torch
-from cases import ALGORITHMS, BASE, DTYPES, OPTIONS, SIZES, assert_same_bits, make_params, needs_cpu_kernels
+from cases import (
+    ALGORITHMS,
+    BASE,
+    BFLOAT16_OPTIONS,
+    DTYPES,
+    OPTIONS,
+    SIZES,
+    assert_same_bits,
+    make_params,
+    needs_cpu_kernels,
+)
 from simulated import Simulation
 from simulated_cuda import CSRC, bridge, constant, needs_compilers, step_entry
 from twins import step_both, with_twin
@@ -27,6 +37,10 @@ VARIANTS = [(torch.float32, torch.float32, None, option) for option in OPTIONS]
 VARIANTS += [(*pair, None, o) for pair in KERNEL_PAIRS[1:] + CONVERTED_PAIRS for o in ("base", "all")]
 VARIANTS += [(torch.float32, torch.float32, torch.bfloat16, option) for option in OPTIONS]
 VARIANTS += [(*pair, torch.bfloat16, "all") for pair in KERNEL_PAIRS[1:-1]]
+BF16 = torch.bfloat16
+VARIANTS += [(BF16, BF16, state_dtype, option) for state_dtype in (None, BF16) for option in BFLOAT16_OPTIONS]
+VARIANTS += [(BF16, grad, None, option) for grad in (torch.float32, torch.float16) for option in BFLOAT16_OPTIONS]
+VARIANTS += [(torch.float16, torch.float16, None, "master_weights")]
 
 
 @pytest.mark.parametrize(("param_dtype", "grad_dtype", "state_dtype", "option"), VARIANTS, ids=lambda value: str(value))
@@ -35,7 +49,7 @@ def test_every_variant_gives_the_cpus_bits(algorithm, param_dtype, grad_dtype, s
     """Guards each instantiation of the kernel and each mode in it: a wrong formula, conversion, flag or coefficient,
     and random numbers of another element, step or tensor."""
     simulated.blocks = len(SIZES)  # together, which is faster
-    options = {**BASE, **OPTIONS[option], "state_dtype": state_dtype, "rounding_seed": -5}
+    options = {**BASE, **(OPTIONS | BFLOAT16_OPTIONS)[option], "state_dtype": state_dtype, "rounding_seed": -5}
     pair = with_twin(algorithm(make_params(dtype=param_dtype), backend=simulated.backend, **options))
     for step in range(3):
         step_both(pair, step, dtype=grad_dtype)
@@ -43,7 +57,8 @@ def test_every_variant_gives_the_cpus_bits(algorithm, param_dtype, grad_dtype, s
         return
     taken = param_dtype if torch.float64 in (param_dtype, grad_dtype) else grad_dtype
     state = state_dtype or (torch.float64 if param_dtype == torch.float64 else torch.float32)
-    _, entry = step_entry(*(gpu.DTYPE_CODES[dtype] for dtype in (param_dtype, taken, state)), algorithm is LaMAdam)
+    stepped = torch.float32 if (param_dtype, option) == (torch.float16, "master_weights") else param_dtype
+    _, entry = step_entry(*(gpu.DTYPE_CODES[dtype] for dtype in (stepped, taken, state)), algorithm is LaMAdam)
     assert {launch.kernel for launch in simulated.launches if launch.kernel.startswith("step")} == {entry}
 
 
@@ -64,15 +79,21 @@ SPECIAL = (0.5, torch.nan, torch.inf, -torch.inf, -0.5, 3e38, -1e25, 1e-30, 1e-4
 
 
 @pytest.mark.parametrize(
-    ("dtype", "state_dtype"), [*((dtype, None) for dtype in DTYPES), (torch.float32, torch.bfloat16)], ids=str
+    ("dtype", "extra"),
+    [
+        *((dtype, {}) for dtype in DTYPES),
+        (torch.float32, {"state_dtype": BF16}),
+        *((BF16, {option: True}) for option in ("master_weights", "stochastic_rounding")),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_special_values(algorithm, dtype, state_dtype, simulated):
+def test_special_values(algorithm, dtype, extra, simulated):
     """Guards the side that a NaN takes in each comparison, the flush of subnormals, signs of zero, and the rounding of
     what is no finite number."""
     values = torch.tensor(SPECIAL, dtype=torch.float64)
     params = [torch.nn.Parameter(torch.cat([torch.ones(len(values)), values, -values]).to(dtype)) for _ in range(2)]
-    pair = with_twin(algorithm(params, backend=simulated.backend, **BASE, amsgrad=True, state_dtype=state_dtype))
+    pair = with_twin(algorithm(params, backend=simulated.backend, **BASE, amsgrad=True, **extra))
     for step in range(4):
         for optimizer in pair:
             for i, param in enumerate(optimizer.param_groups[0]["params"]):
@@ -117,12 +138,14 @@ def check_conversions(dtype: torch.dtype, launcher: Simulation) -> None:
         assert_same_bits(*pair)
 
 
-@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "extra", [{}, {"state_dtype": BF16}, {"master_weights": True}, {"stochastic_rounding": True}], ids=str
+)
 @pytest.mark.parametrize("arch", ["sm_75", "sm_90", "sm_100"])
-def test_other_architectures(arch, state_dtype, simulate_cuda):
+def test_other_architectures(arch, extra, simulate_cuda):
     """Guards code that depends on the architecture: nvcc makes other PTX for each."""
     launcher = simulate_cuda(arch=arch, blocks=len(SIZES))
-    options = {**BASE, **OPTIONS["all"], "state_dtype": state_dtype}
+    options = {**BASE, **OPTIONS["all"], **extra}
     pair = with_twin(LaMAdam(make_params(dtype=torch.bfloat16), backend=launcher.backend, **options))
     for step in range(3):
         step_both(pair, step)

@@ -37,14 +37,14 @@ def tracking_cuda(simulate_cuda):
     return simulate_cuda(track=True, blocks=12)
 
 
-def stored(amsgrad: bool) -> tuple[str, ...]:
+def stored(amsgrad: bool, master: bool = False) -> tuple[str, ...]:
     """The operands that a step reads and writes."""
-    return ("param", *STATE, *(("max_denom",) if amsgrad else ()))
+    return ("param", *STATE, *(("max_denom",) if amsgrad else ()), *(("master",) if master else ()))
 
 
-def assert_each_byte_once(launch: Launch, numels: list[int], amsgrad: bool) -> None:
+def assert_each_byte_once(launch: Launch, numels: list[int], amsgrad: bool, master: bool = False) -> None:
     """Of the tensors with these sizes all is read once and written once, the gradient only read."""
-    for name in (*stored(amsgrad), "grad"):
+    for name in (*stored(amsgrad, master), "grad"):
         buffers = launch.buffers_of(name)
         assert len(buffers) == sum(numel > 0 for numel in numels), name
         for buffer in buffers:
@@ -59,7 +59,7 @@ def assert_each_byte_once(launch: Launch, numels: list[int], amsgrad: bool) -> N
     ticket = launch.buffers["ticket"]
     assert (ticket.writes == launch.stats.grid[0] + 1).all()  # each block adds to it, the last one resets it
     assert (ticket.array == 0).all()
-    allowed = {"param", "grad", *STATE, "max_denom", "step", "rows", "chunk_rows", "ticket", "sent"}
+    allowed = {*stored(True, master), "grad", "step", "rows", "chunk_rows", "ticket", "sent"}
     assert {name.rstrip("0123456789") for name, _ in launch.stats.buffer_bytes} <= allowed
 
 
@@ -89,18 +89,21 @@ BYTES = [
     (torch.float32, torch.float32, torch.bfloat16, True, 32),
     (torch.bfloat16, torch.bfloat16, torch.bfloat16, False, 22),
 ]
+BYTES = [(*each, False) for each in BYTES]
+BYTES += [(torch.bfloat16, torch.bfloat16, None, False, 42, True)]
+BYTES += [(torch.bfloat16, torch.bfloat16, torch.bfloat16, True, 30, True)]
 
 
-@pytest.mark.parametrize(("param_dtype", "grad_dtype", "state_dtype", "amsgrad", "expected"), BYTES, ids=str)
-def test_bytes_of_an_element(param_dtype, grad_dtype, state_dtype, amsgrad, expected, tracking):
+@pytest.mark.parametrize(("param_dtype", "grad_dtype", "state_dtype", "amsgrad", "expected", "master"), BYTES, ids=str)
+def test_bytes_of_an_element(param_dtype, grad_dtype, state_dtype, amsgrad, expected, master, tracking):
     """Guards what the speed of the step rests on: the bytes that it moves, besides a table that is small."""
     sizes = (8192 * 2, 100)
-    options = {**BASE, "amsgrad": amsgrad, "state_dtype": state_dtype}
+    options = {**BASE, "amsgrad": amsgrad, "state_dtype": state_dtype, "master_weights": master}
     optimizer = LaMAdam(make_params(sizes, param_dtype), backend=tracking.backend, **options)
     set_grads(optimizer.param_groups[0]["params"], 0, dtype=grad_dtype)
     optimizer.step()
     (launch,) = tracking.launches
-    body = sum(launch.bytes_of(kind, name) for kind in ("ld", "st") for name in (*stored(amsgrad), "grad"))
+    body = sum(launch.bytes_of(kind, name) for kind in ("ld", "st") for name in (*stored(amsgrad, master), "grad"))
     assert body == expected * sum(sizes)
     if tracking.backend == "triton":
         return
@@ -143,6 +146,7 @@ def expected_widths(
     grad_dtype: torch.dtype,
     state_dtype: torch.dtype | None,
     amsgrad: bool,
+    master: bool = False,
 ) -> tuple[Counter[int], Counter[int]]:
     """{bytes of an access: number}, for loads and for stores, of tensors of (size, elements before the first packet's
     end); the latter -1: no packets."""
@@ -153,6 +157,7 @@ def expected_widths(
         shift = offset % width
         whole = max((shift + numel) // width - -(-shift // width), 0) if offset >= 0 else 0
         operands = [(param_dtype.itemsize, True), (grad_dtype.itemsize, False)] + [(of_state, True)] * (4 + amsgrad)
+        operands += [(2, True)] * master
         for size, written in operands:
             for count in (loads, stores) if written else (loads,):
                 count[16] += whole * width * size // 16
@@ -229,6 +234,24 @@ def test_operands_that_differ_in_alignment(param_dtype, grad_dtype, state_dtype,
     launch = tracking_cuda.launches[-1]
     assert_each_byte_once(launch, sizes, True)
     assert_widths(launch, [(size, -1) for size in sizes], param_dtype, grad_dtype, state_dtype, True)
+
+
+@pytest.mark.parametrize("state_dtype", [None, torch.bfloat16], ids=str)
+def test_masters_move_in_packets(state_dtype, tracking_cuda):
+    """Guards the masters' accesses, wide where all operands agree on where packets begin, also if that is not where
+    the tensor begins, and narrow where the master alone, or another, is out of step; each byte once."""
+    names = (*stored(False, True), "grad")
+    tensors = [(8192 + 16, 0), (8193, 1), (700, 5), (8193, -1), (700, -1), (9, 7)]
+    offsets = [dict.fromkeys(names, offset) for _, offset in tensors]
+    offsets[3:5] = [{"master": 1}, {"param": 1}]
+    sizes = [size for size, _ in tensors]
+    options = {**BASE, "state_dtype": state_dtype, "master_weights": True}
+    pair = with_twin(MAdam(make_params(tuple(sizes), torch.bfloat16), backend=tracking_cuda.backend, **options))
+    for step in range(2):
+        step_both(pair, step, offsets=offsets)
+    launch = tracking_cuda.launches[-1]
+    assert_each_byte_once(launch, sizes, False, True)
+    assert_widths(launch, tensors, torch.bfloat16, torch.bfloat16, state_dtype, False, True)
 
 
 def test_what_has_no_maximum_may_lie_anywhere(tracking_cuda):

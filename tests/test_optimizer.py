@@ -760,14 +760,6 @@ def test_named_parameters():
     assert not torch.equal(before, model[0].weight)
 
 
-def test_options_to_come_say_so():
-    """Guards against an option accepted and ignored."""
-    with pytest.raises(NotImplementedError, match="master_weights"):
-        MAdam(make_params((2,)), master_weights=True)
-    with pytest.raises(NotImplementedError, match="master_weights"):
-        MAdam([{"params": make_params((2,)), "master_weights": True}])
-
-
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_backend_that_cannot_run_says_so(backend):
     """Guards against a silent fallback to another backend than the one asked for, and an error that leaves it there."""

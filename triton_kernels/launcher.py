@@ -22,8 +22,8 @@ from .update_norm import update_chunks_kernel, update_total_kernel
 # By the codes of csrc/dtype.h.
 _TYPES = {0: tl.float32, 1: tl.float64, 2: tl.float16, 3: tl.bfloat16}
 
-# As maxva_kernels/gpu.py packs a group: lr and its address, six coefficients, three modes.
-_PACKED_GROUP = struct.Struct("=dQ6d3q")
+# As maxva_kernels/gpu.py packs a group: lr and its address, six coefficients, four modes.
+_PACKED_GROUP = struct.Struct("=dQ6d4q")
 
 _GROUP_VALUES = 10
 
@@ -171,15 +171,15 @@ def _processors(device: int) -> int:
 
 
 def _hyperparameters(groups: bytes, max_grad_norm: float, double: bool) -> tuple[bytes, bytes]:
-    """What the kernel reads of the groups: five int64 each, and _GROUP_VALUES numbers of the arithmetic's type each;
+    """What the kernel reads of the groups: six int64 each, and _GROUP_VALUES numbers of the arithmetic's type each;
     after these max_grad_norm. csrc/maxva.h (make_hyperparameters) computes the same."""
     integers, values = array("q"), array("d")
     for group in _PACKED_GROUP.iter_unpack(groups):
-        lr, lr_address, alpha, lower, upper, first, eps, weight_decay, decoupled, maximize, adam_eps = group
+        lr, lr_address, alpha, lower, upper, first, eps, weight_decay, decoupled, maximize, adam_eps, rounds = group
         decay_mode = 0 if weight_decay == 0 else 1 if decoupled else 2
         # alpha as a 64-bit fraction, whose bits a signed integer has too
         fraction = int(math.ldexp(alpha, 64))
-        integers.extend((fraction - (1 << 64) * (fraction >> 63), lr_address, decay_mode, adam_eps, maximize))
+        integers.extend((fraction - (1 << 64) * (fraction >> 63), lr_address, decay_mode, adam_eps, maximize, rounds))
         most = 2.0**-43 if double else 2.0**-14
         stall = (2.0**-53 if double else 2.0**-24) / (1 - upper) if upper < 1 else most
         values.extend((lr, eps, weight_decay, alpha, 1 - alpha, 1 - upper, 1 - lower, 1 - first, min(stall, most), 0.0))

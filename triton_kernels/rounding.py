@@ -1,4 +1,4 @@
-"""Stochastic rounding of the state to 16 bits: csrc/rounding.h operation for operation; the notes are there."""
+"""Stochastic rounding to 16 bits: csrc/rounding.h operation for operation; the notes are there."""
 
 import triton
 import triton.language as tl
@@ -20,14 +20,14 @@ def rounding_key(tensor_key, step):
 
 @triton.jit
 def random_bits(low, high, element):
-    """For m, u, s and w of elements whose places are given as uint32: random numbers of 16 bits, as uint32."""
+    """For m, u, s, w and the parameter of elements at places given as uint32: 16 random bits each, as uint32."""
     x = element + low
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = x ^ high
     x = (x ^ (x >> 15)) * 0x846CA68B
     x = x ^ (x >> 16)
     y = x * 0x9E3779B1
-    return x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16
+    return x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16, (x * 0x85EBCA77) >> 16
 
 
 @triton.jit

@@ -3,14 +3,15 @@
 import triton
 import triton.language as tl
 
+from .master import join_master, split_master
 from .maxva import L2_DECAY, bias_correction, divide, grad_factor, update
 from .rounding import random_bits, round_stochastically, rounding_key
 
 # Columns of the table (maxva_kernels/tensor_table.py, STEP_COLUMNS).
-COLUMNS = tl.constexpr(11)
+COLUMNS = tl.constexpr(12)
 # Numbers of a group as launcher.py packs them: of the arithmetic's type, and integers.
 GROUP_VALUES = tl.constexpr(10)
-GROUP_INTEGERS = tl.constexpr(5)
+GROUP_INTEGERS = tl.constexpr(6)
 # Numbers of a chunk's statistics (maxva_kernels/statistics.py, FIELDS).
 RECORD = tl.constexpr(6)
 
@@ -43,21 +44,27 @@ def _store(address, at, value, begin, end, STORED: tl.constexpr, WHOLE: tl.const
 
 @triton.jit
 def _step_block(
-    operands,  # addresses where the chunk begins: parameter, gradient, the four moments, AMSGrad's maximum
+    operands,  # addresses where the chunk begins: parameter, gradient, the four moments, AMSGrad's maximum, master
     first, begin, end,  # the block's first element in the chunk, and which of the chunk are there
     coefficients, modes,  # as `update` takes them
-    random,  # the key as `random_bits` takes it, for places counted from where the chunk begins
+    rounding,  # the key as `random_bits` takes it, for places counted from where the chunk begins; and of a bfloat16
+    # parameter, whether it has a master and whether it is rounded stochastically
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,  # all elements are there and every operand is aligned: no masks, so that accesses are wide
 ):  # fmt: skip
     """Returns sums for the fields of a record but the count; who does not use them does not pay for them."""
-    params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms = operands
+    params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms, rests = operands
     amsgrad = modes[2]
+    low, high, has_master, rounds_param = rounding
 
     # 1. Load.
     at = first + tl.arange(0, BLOCK)
     p = _load(params, at, begin, end, PARAM, T, WHOLE)
+    if PARAM.is_bf16():  # known when this is compiled, the other is not  # noqa: SIM102
+        if has_master:
+            rest = _load(rests, at, begin, end, tl.int16, tl.int16, WHOLE)
+            p = join_master(p.to(tl.bfloat16), rest)
     g = _load(grads, at, begin, end, GRAD, T, WHOLE)
     m = _load(exp_avgs, at, begin, end, STATE, T, WHOLE)
     u = _load(grad_means, at, begin, end, STATE, T, WHOLE)
@@ -73,9 +80,17 @@ def _step_block(
     p = p - change
 
     # 3. Store.
-    _store(params, at, p, begin, end, PARAM, WHOLE)
+    stored = p.to(PARAM)
+    if PARAM.is_bf16():
+        if has_master:
+            stored, rest = split_master(p)
+            _store(rests, at, rest, begin, end, tl.int16, WHOLE)
+        elif rounds_param:
+            _, _, _, _, for_p = random_bits(low, high, at.to(tl.uint32))
+            stored = round_stochastically(p, for_p)
+    _store(params, at, stored, begin, end, PARAM, WHOLE)
     if STATE != T:
-        for_m, for_u, for_s, for_w = random_bits(random[0], random[1], at.to(tl.uint32))
+        for_m, for_u, for_s, for_w, _ = random_bits(low, high, at.to(tl.uint32))
         m = round_stochastically(m, for_m)
         u = round_stochastically(u, for_u)
         s = round_stochastically(s, for_s)
@@ -100,24 +115,24 @@ def _step_block(
 
 @triton.jit
 def _step_chunk(
-    operands, begin, end, aligned, coefficients, modes, random,
+    operands, begin, end, aligned, coefficients, modes, rounding,
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     for first in range(0, end, BLOCK):
         if aligned & (first >= begin) & (first + BLOCK <= end):
             _step_block(
-                operands, first, begin, end, coefficients, modes, random, LAPROP, T, PARAM, GRAD, STATE, BLOCK, True
+                operands, first, begin, end, coefficients, modes, rounding, LAPROP, T, PARAM, GRAD, STATE, BLOCK, True
             )
         else:
             _step_block(
-                operands, first, begin, end, coefficients, modes, random, LAPROP, T, PARAM, GRAD, STATE, BLOCK, False
+                operands, first, begin, end, coefficients, modes, rounding, LAPROP, T, PARAM, GRAD, STATE, BLOCK, False
             )
 
 
 @triton.jit
 def _step_and_tell(
-    operands, begin, end, aligned, coefficients, modes, random,
+    operands, begin, end, aligned, coefficients, modes, rounding,
     record,  # address: RECORD float32 that csrc/statistics.h describes
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -131,11 +146,11 @@ def _step_and_tell(
     for first in range(0, end, BLOCK):
         if aligned & (first >= begin) & (first + BLOCK <= end):
             a, b, c, d, e = _step_block(
-                operands, first, begin, end, coefficients, modes, random, LAPROP, T, PARAM, GRAD, STATE, BLOCK, True
+                operands, first, begin, end, coefficients, modes, rounding, LAPROP, T, PARAM, GRAD, STATE, BLOCK, True
             )
         else:
             a, b, c, d, e = _step_block(
-                operands, first, begin, end, coefficients, modes, random, LAPROP, T, PARAM, GRAD, STATE, BLOCK, False
+                operands, first, begin, end, coefficients, modes, rounding, LAPROP, T, PARAM, GRAD, STATE, BLOCK, False
             )
         adaptive += a.to(tl.float32)
         one_minus_beta += b.to(tl.float32)
@@ -190,7 +205,8 @@ def read_coefficients(
     AT_RATE_1: tl.constexpr,  # whatever that is
     T: tl.constexpr,
 ):  # fmt: skip
-    """What a tensor's coordinates share, as `update` takes it, and the modes: of the decay, of eps."""
+    """What a tensor's coordinates share, as `update` takes it, and the modes: of the decay, of eps, of
+    rounding parameters."""
     numbers: tl.constexpr = tl.pointer_type(T)
     modes = integers.to(tl.int64).to(tl.pointer_type(tl.int64)) + group * GROUP_INTEGERS
     decay_mode = tl.load(modes + 2)
@@ -220,7 +236,7 @@ def read_coefficients(
         step_size,
         decay,
     )
-    return coefficients, decay_mode, adam_eps
+    return coefficients, decay_mode, adam_eps, tl.load(modes + 5)
 
 
 @triton.jit
@@ -306,6 +322,7 @@ def step_kernel(
                 max_denom_address = tl.load(row + 5)
                 step = tl.load(tl.load(row + 6).to(int64)) + 1
                 numel = tl.load(row + 7)
+                master_address = tl.load(row + 11)
                 group = tl.load(row + 8)
                 index = chunk - tl.load(row + 9)
                 amsgrad = max_denom_address != 0
@@ -313,7 +330,7 @@ def step_kernel(
                 trust_ratio = tl.full((), 1.0, T)
                 if trust_ratios != 0:
                     trust_ratio = tl.load(trust_ratios.to(tl.pointer_type(T)) + tensor)
-                coefficients, decay_mode, adam_eps = read_coefficients(
+                coefficients, decay_mode, adam_eps, rounds_params = read_coefficients(
                     integers, values, group, step, scale, norm, max_norm, trust_ratio, False, T
                 )
 
@@ -331,6 +348,7 @@ def step_kernel(
                 remainder |= _misplaced(grad_var_address, state_bytes, shift)
                 remainder |= _misplaced(weight_sum_address, state_bytes, shift)
                 remainder |= tl.where(amsgrad, _misplaced(max_denom_address, state_bytes, shift), 0)
+                remainder |= tl.where(master_address != 0, _misplaced(master_address, 2, shift), 0)
                 aligned = remainder == 0
                 shift = tl.where(aligned, shift, 0)
                 start = index * CHUNK - shift
@@ -346,22 +364,23 @@ def step_kernel(
                     grad_var_address + start * state_bytes,
                     weight_sum_address + start * state_bytes,
                     max_denom_address + start * state_bytes,
+                    master_address + start * 2,
                 )
                 all_modes = (decay_mode, adam_eps, amsgrad)
                 low, high = rounding_key(tl.load(row + 10), step)
-                random = (low + start.to(tl.uint32), high)
+                rounding = (low + start.to(tl.uint32), high, master_address != 0, rounds_params != 0)
                 sampled = False
                 if STATISTICS:
                     sampled = _is_sampled(index)
                 if sampled:
                     record = statistics + tl.cast(chunk, tl.int64) * (4 * RECORD)
                     _step_and_tell(
-                        *(operands, begin, end, aligned, coefficients, all_modes, random, record),
+                        *(operands, begin, end, aligned, coefficients, all_modes, rounding, record),
                         *(LAPROP, T, PARAM, GRAD, STATE, BLOCK),
                     )
                 else:
                     _step_chunk(
-                        *(operands, begin, end, aligned, coefficients, all_modes, random),
+                        *(operands, begin, end, aligned, coefficients, all_modes, rounding),
                         *(LAPROP, T, PARAM, GRAD, STATE, BLOCK),
                     )
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .grad_norm import LANES, add_up
+from .master import join_master
 from .maxva import add_square, root_of_sum, update
 from .step import COLUMNS, read_coefficients, read_overflow, read_scaling
 
@@ -56,10 +57,10 @@ def update_chunks_kernel(
                 # 1. What the chunk's elements share.
                 row = rows + tensor * COLUMNS
                 step = tl.load(tl.load(row + 6).to(int64)) + 1
-                coefficients, decay_mode, adam_eps = read_coefficients(
+                coefficients, decay_mode, adam_eps, _rounds_params = read_coefficients(
                     integers, values, tl.load(row + 8), step, scale, norm, max_norm, 1.0, True, T
                 )
-                max_denoms = tl.load(row + 5)
+                max_denoms, master = tl.load(row + 5), tl.load(row + 11)
                 amsgrad = max_denoms != 0
                 start = (chunk - tl.load(row + 9)) * CHUNK
                 count = tl.minimum(tl.load(row + 7) - start, CHUNK)
@@ -75,6 +76,10 @@ def update_chunks_kernel(
                     there = first + lane < count
                     at = start + first + lane
                     p = _value(tl.load(row), at, there, PARAM, T)
+                    if PARAM.is_bf16():  # known when this is compiled, the other is not  # noqa: SIM102
+                        if master != 0:
+                            rest = _value(master, at, there, tl.int16, tl.int16)
+                            p = join_master(p.to(tl.bfloat16), rest)
                     g = _value(grad_address, at, there, GRAD, T)
                     m = _value(tl.load(row + 1), at, there, STATE, T)
                     u = _value(tl.load(row + 2), at, there, STATE, T)

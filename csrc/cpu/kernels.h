@@ -24,6 +24,7 @@ struct TensorStep {
   void* grad_var;
   void* weight_sum;
   void* max_denom;    // null without AMSGrad
+  int16_t* master;    // of a kBFloat16 parameter, or null
   DType param_dtype;  // kDouble: state and arithmetic are double, else float
   DType grad_dtype;
   DType state_dtype;  // that of the arithmetic, or kBFloat16
@@ -33,7 +34,8 @@ struct TensorStep {
   Coefficients<float> single;  // the one that belongs to the arithmetic is set
   Coefficients<double> twice;
   StatisticsSums<float>* statistics;  // the record of its first chunk; null: none are taken
-  uint64_t rounding_key;              // of 16-bit state
+  uint64_t rounding_key;              // of what is rounded stochastically
+  bool rounds_param;                  // stochastically, if it is kBFloat16 and without master
   int64_t step;                       // with this one
 };
 

@@ -93,10 +93,12 @@ Work prepare(const StepArguments& a) {
       t.grad_var = flat.data(a.grad_vars[i], written);
       t.weight_sum = flat.data(a.weight_sums[i], written);
       t.max_denom = max_denom == nullptr ? nullptr : flat.data(*max_denom, written);
+      t.master = a.has_master(i) ? static_cast<int16_t*>(flat.data(a.masters[i], written)) : nullptr;
       t.param_dtype = dtype_of(a.params[i]);
       t.grad_dtype = dtype_of(a.grads[i]);
       t.state_dtype = dtype_of(a.exp_avgs[i]);
       t.rounding_key = a.rounding_keys.empty() ? 0 : static_cast<uint64_t>(a.rounding_keys[i]);
+      t.rounds_param = a.stochastic_rounding[g] != 0;
       t.step = step;
       t.algorithm = a.laprop ? Algorithm::kLaMAdam : Algorithm::kMAdam;
       t.eps_mode = a.adam_eps[g] ? EpsMode::kAdam : EpsMode::kPaper;
@@ -157,23 +159,45 @@ void take_norms(const Work& work, UpdateSquares<T> (*squares_of)(const TensorSte
 
 void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> exp_avgs,
           std::vector<Tensor> grad_means, std::vector<Tensor> grad_vars, std::vector<Tensor> weight_sums,
-          std::vector<Tensor> max_denoms, std::vector<Tensor> steps, bool laprop, std::vector<int64_t> group_sizes,
-          Tensor lr, std::vector<double> beta1, std::vector<double> beta2_lower, std::vector<double> beta2_upper,
-          std::vector<double> beta2_init, std::vector<double> eps, std::vector<double> weight_decay,
-          std::vector<int64_t> decoupled_weight_decay, std::vector<int64_t> amsgrad, std::vector<int64_t> maximize,
-          std::vector<int64_t> adam_eps, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-          std::optional<Tensor> grad_norm, double max_grad_norm, std::optional<Tensor> trust_ratios,
-          std::vector<int64_t> rounding_keys, std::optional<Tensor> statistics, std::optional<Tensor> update_norms) {
-  const StepArguments arguments{std::move(params),      std::move(grads),        std::move(exp_avgs),
-                                std::move(grad_means),  std::move(grad_vars),    std::move(weight_sums),
-                                std::move(max_denoms),  std::move(steps),        laprop,
-                                std::move(group_sizes), std::move(lr),           std::move(beta1),
-                                std::move(beta2_lower), std::move(beta2_upper),  std::move(beta2_init),
-                                std::move(eps),         std::move(weight_decay), std::move(decoupled_weight_decay),
-                                std::move(amsgrad),     std::move(maximize),     std::move(adam_eps),
-                                std::move(grad_scale),  std::move(found_inf),    std::move(grad_norm),
-                                max_grad_norm,          std::move(trust_ratios), std::move(rounding_keys),
-                                std::move(statistics),  std::move(update_norms)};
+          std::vector<Tensor> max_denoms, std::vector<Tensor> masters, std::vector<Tensor> steps, bool laprop,
+          std::vector<int64_t> group_sizes, Tensor lr, std::vector<double> beta1, std::vector<double> beta2_lower,
+          std::vector<double> beta2_upper, std::vector<double> beta2_init, std::vector<double> eps,
+          std::vector<double> weight_decay, std::vector<int64_t> decoupled_weight_decay, std::vector<int64_t> amsgrad,
+          std::vector<int64_t> maximize, std::vector<int64_t> adam_eps, std::vector<int64_t> stochastic_rounding,
+          std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm,
+          double max_grad_norm, std::optional<Tensor> trust_ratios, std::vector<int64_t> rounding_keys,
+          std::optional<Tensor> statistics, std::optional<Tensor> update_norms) {
+  const StepArguments arguments{std::move(params),
+                                std::move(grads),
+                                std::move(exp_avgs),
+                                std::move(grad_means),
+                                std::move(grad_vars),
+                                std::move(weight_sums),
+                                std::move(max_denoms),
+                                std::move(masters),
+                                std::move(steps),
+                                laprop,
+                                std::move(group_sizes),
+                                std::move(lr),
+                                std::move(beta1),
+                                std::move(beta2_lower),
+                                std::move(beta2_upper),
+                                std::move(beta2_init),
+                                std::move(eps),
+                                std::move(weight_decay),
+                                std::move(decoupled_weight_decay),
+                                std::move(amsgrad),
+                                std::move(maximize),
+                                std::move(adam_eps),
+                                std::move(stochastic_rounding),
+                                std::move(grad_scale),
+                                std::move(found_inf),
+                                std::move(grad_norm),
+                                max_grad_norm,
+                                std::move(trust_ratios),
+                                std::move(rounding_keys),
+                                std::move(statistics),
+                                std::move(update_norms)};
   arguments.check();
   if (arguments.found_inf && scalar_value(*arguments.found_inf, "found_inf") != 0) {
     return;  // the gradients overflowed: neither parameters, nor state, nor step counts move

@@ -46,6 +46,7 @@ void fill(StepLaunch<T>& launch, const StepInput& input) {
     group.lr = pointer<const T>(g.lr_address);
     group.eps_mode = g.adam_eps != 0 ? EpsMode::kAdam : EpsMode::kPaper;
     group.maximize = g.maximize != 0;
+    group.rounds_params = g.stochastic_rounding != 0;
   }
   fill_grads(launch.grads, input.grads, input.tensors);
 }

@@ -13,7 +13,7 @@ struct PackedGroup {
   double lr;
   uint64_t lr_address;  // of a device scalar in place of lr, or 0
   double beta1, beta2_lower, beta2_upper, beta2_init, eps, weight_decay;
-  int64_t decoupled_weight_decay, maximize, adam_eps;
+  int64_t decoupled_weight_decay, maximize, adam_eps, stochastic_rounding;
 };
 
 // Addresses are of device memory. The scalars have the arithmetic's type; an address 0 is a scalar that is absent.

@@ -38,7 +38,8 @@ struct StepRow {
   int64_t numel;
   int64_t group;          // index into StepLaunch::groups
   int64_t first_chunk;    // its place in the row of all chunks
-  uint64_t rounding_key;  // of 16-bit state
+  uint64_t rounding_key;  // of what is rounded stochastically
+  int16_t* master;        // of a kBFloat16 parameter, or null
 };
 
 template <typename T>
@@ -47,6 +48,7 @@ struct StepGroup {
   const T* lr;  // on the device, in place of hyper.lr; null: that one counts
   EpsMode eps_mode;
   bool maximize;
+  bool rounds_params;  // stochastically, where they are kBFloat16 and without master
 };
 
 // The arguments of a step's launch.

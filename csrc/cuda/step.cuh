@@ -17,6 +17,7 @@
 #include "cuda/launch.h"
 #include "cuda/packet.cuh"
 #include "float16.h"
+#include "master.h"
 #include "rounding.h"
 
 namespace maxva::cuda {
@@ -109,11 +110,38 @@ __device__ __forceinline__ float opened(BFloat16& stored) {
   return to_float(stored);
 }
 
+// The value of a parameter, which only in bfloat16 may have a master.
+template <typename T, typename Param>
+__device__ __forceinline__ T open_param(Param param, bool has_master, int16_t rest) {
+  if constexpr (std::is_same_v<Param, BFloat16>) {
+    if (has_master) {
+      return join_master(param, rest);
+    }
+  }
+  return widen<T>(param);
+}
+// And back. `random` gives RandomBits.
+template <typename T, typename Param, typename Random>
+__device__ __forceinline__ void close_param(T value, bool has_master, bool rounds, Random random, Param& param,
+                                            int16_t& rest) {
+  if constexpr (std::is_same_v<Param, BFloat16>) {
+    if (has_master) {
+      return split_master(value, param, rest);
+    }
+    if (rounds) {
+      param = round_stochastically(value, random().param);
+      return;
+    }
+  }
+  convert(value, param);
+}
+
 // What is the same for all elements of a tensor. Threads read it where it is, in shared memory: registers are scarce.
 template <typename T>
 struct Common {
   Coefficients<T> coefficients;
-  RoundingKey key;  // of 16-bit state
+  RoundingKey key;  // of what is rounded stochastically
+  bool rounds_param;
 };
 
 // Steps one chunk of one tensor. With kStatistics it tells what this thread did there.
@@ -121,6 +149,7 @@ template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, typen
 __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, const Grad* grad, int64_t chunk,
                                                         const Common<T>& common, const Modes modes) {
   constexpr bool kRounds = !std::is_same_v<State, T>;
+  constexpr bool kMayHaveMaster = std::is_same_v<Param, BFloat16>;
   constexpr bool kNarrowState = sizeof(State) <= sizeof(Param) && sizeof(State) <= sizeof(Grad);
   constexpr bool kNarrowParam = !kNarrowState && sizeof(Param) <= sizeof(Grad);
   using Narrow = std::conditional_t<kNarrowState, State, std::conditional_t<kNarrowParam, Param, Grad>>;
@@ -135,7 +164,8 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
   const bool packets = fits(static_cast<Param*>(row.param)) && fits(grad) && fits(static_cast<State*>(row.exp_avg)) &&
                        fits(static_cast<State*>(row.grad_mean)) && fits(static_cast<State*>(row.grad_var)) &&
                        fits(static_cast<State*>(row.weight_sum)) &&
-                       (!modes.amsgrad || fits(static_cast<State*>(row.max_denom)));
+                       (!modes.amsgrad || fits(static_cast<State*>(row.max_denom))) &&
+                       (!kMayHaveMaster || row.master == nullptr || fits(row.master));
   const int shift = packets ? misplaced : 0;
   const int64_t start = chunk * kStepChunk - shift;
   const bool is_last = (chunk + 1) * kStepChunk >= row.numel;
@@ -147,6 +177,8 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
   State* const grad_vars = static_cast<State*>(row.grad_var) + start;
   State* const weight_sums = static_cast<State*>(row.weight_sum) + start;
   State* const max_denoms = static_cast<State*>(row.max_denom) + start;
+  int16_t* const rests = row.master + start;
+  const bool has_master = kMayHaveMaster && row.master != nullptr;
 
   Place at;
   at.begin = chunk == 0 ? shift : 0;
@@ -161,6 +193,12 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
     Grad gradient[kWidth];
     at.load(params, 0, param);
     at.load(grads, 0, gradient);
+    int16_t rest[kWidth];
+    if constexpr (kMayHaveMaster) {
+      if (has_master) {
+        at.load(rests, 0, rest);
+      }
+    }
 #pragma unroll
     for (int from = 0; from < kWidth; from += kSlice) {
       State exp_avg[kSlice], grad_mean[kSlice], grad_var[kSlice], weight_sum[kSlice], max_denom[kSlice];
@@ -175,19 +213,22 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
       // 3. Update.
 #pragma unroll
       for (int k = 0; k < kSlice; ++k) {
-        const T value = widen<T>(param[from + k]);
+        const T value = open_param<T>(param[from + k], has_master, rest[from + k]);
         auto &&m = opened(exp_avg[k]), &&u = opened(grad_mean[k]), &&s = opened(grad_var[k]);
         auto &&w = opened(weight_sum[k]), &&x = opened(max_denom[k]);
         const Update<T> to =
             update<kAlgorithm>(value, widen<T>(gradient[from + k]), m, u, s, w, x, common.coefficients, modes);
-        convert(value - to.change, param[from + k]);
-        if constexpr (kRounds) {
+        const auto random = [&] {
           const int i = at.first + (from + k) * at.spacing;
-          const RandomBits random = random_bits(common.key, static_cast<uint32_t>(start) + static_cast<uint32_t>(i));
-          exp_avg[k] = round_stochastically(m, random.exp_avg);
-          grad_mean[k] = round_stochastically(u, random.grad_mean);
-          grad_var[k] = round_stochastically(s, random.grad_var);
-          weight_sum[k] = round_stochastically(w, random.weight_sum);
+          return random_bits(common.key, static_cast<uint32_t>(start) + static_cast<uint32_t>(i));
+        };
+        close_param(value - to.change, has_master, common.rounds_param, random, param[from + k], rest[from + k]);
+        if constexpr (kRounds) {
+          const RandomBits bits = random();
+          exp_avg[k] = round_stochastically(m, bits.exp_avg);
+          grad_mean[k] = round_stochastically(u, bits.grad_mean);
+          grad_var[k] = round_stochastically(s, bits.grad_var);
+          weight_sum[k] = round_stochastically(w, bits.weight_sum);
           convert(x, max_denom[k]);  // to nearest: of rounded maxima the largest would stay, and grow
         }
         if constexpr (kStatistics) {
@@ -208,6 +249,11 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
       }
     }
     at.store(param, 0, params);
+    if constexpr (kMayHaveMaster) {
+      if (has_master) {
+        at.store(rest, 0, rests);
+      }
+    }
   }
   sums.count = at.end - at.begin;
   return sums;
@@ -276,8 +322,9 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State>)
     if (threadIdx.x == 0) {
       const int64_t step = *in_global_memory(row.step) + 1;
       common.coefficients = read_coefficients(launch, group, tensor, step);
-      if constexpr (!std::is_same_v<State, T>) {
+      if constexpr (!std::is_same_v<State, T> || std::is_same_v<Param, BFloat16>) {
         common.key = rounding_key(row.rounding_key, step);
+        common.rounds_param = group.rounds_params;
       }
     }
     __syncthreads();

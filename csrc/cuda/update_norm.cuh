@@ -24,6 +24,18 @@ __device__ __forceinline__ T read(const void* memory, int64_t i, DType dtype) {
   }
 }
 
+// One element of a parameter, or of its master.
+template <typename T>
+__device__ __forceinline__ T read_param(const StepRow& row, int64_t i, DType dtype) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (row.master != nullptr) {
+      return join_master(*in_global_memory(static_cast<const BFloat16*>(row.param) + i),
+                         *in_global_memory(row.master + i));
+    }
+  }
+  return read<T>(row.param, i, dtype);
+}
+
 // Compiled for each arithmetic and algorithm, not for each dtype as the step is: this pass is for few users.
 template <Algorithm kAlgorithm, typename T>
 __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __grid_constant__ StepLaunch<T> launch) {
@@ -63,7 +75,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
         if (offset < count) {
           const int64_t i = begin + offset;
           const auto value = [&](const void* memory) { return read<T>(memory, i, launch.state_dtype); };
-          const T param = read<T>(row.param, i, launch.param_dtype), grad = read<T>(grads, i, launch.grad_dtype);
+          const T param = read_param<T>(row, i, launch.param_dtype), grad = read<T>(grads, i, launch.grad_dtype);
           T exp_avg = value(row.exp_avg), grad_mean = value(row.grad_mean), grad_var = value(row.grad_var);
           T weight_sum = value(row.weight_sum), max_denom = modes.amsgrad ? value(row.max_denom) : T(0);
           const T change =

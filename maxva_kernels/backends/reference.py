@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .. import checks, layouts, reference, rounding
+from .. import checks, layouts, master, reference, rounding
 from ..groups import Group, Scaling, with_gradients
 from ..statistics import CHUNK, FIELDS, Recorder, is_sampled
 
@@ -47,7 +47,7 @@ def step(groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Reco
             tensors.steps[i] += 1
             if recorder is not None:
                 _record(recorder, group, i, after, scaling)
-            param.copy_(after.theta)
+            _store_param(group, i, after.theta)
             _store(group, i, reference.from_paper(after.state))
             if after.max_denom is not None:
                 tensors.max_denoms[i].copy_(after.max_denom)
@@ -59,9 +59,9 @@ def update_norms(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Ten
     norms = []
     for group in groups:
         hyper = replace(group.hyper, lr=1.0)
-        for i, param in enumerate(group.tensors.params):
+        for i in range(len(group.tensors.params)):
             after = _advance(group._replace(hyper=hyper), i, laprop, scaling)
-            theta, change = param.double(), after.adaptive
+            theta, change = _value(group, i), after.adaptive
             if hyper.decoupled_weight_decay:
                 change = change + hyper.weight_decay * theta
             norms.append(torch.stack([torch.linalg.vector_norm(theta), torch.linalg.vector_norm(change)]))
@@ -77,7 +77,7 @@ def _advance(group: Group, i: int, laprop: bool, scaling: Scaling, trust_ratio: 
     assert grad is not None
     moments = (tensors.exp_avgs[i], tensors.grad_means[i], tensors.grad_vars[i], tensors.weight_sums[i])
     return reference.advance(
-        tensors.params[i].double(),
+        _value(group, i),
         grad.double() * _grad_factor(scaling),
         reference.to_paper(*moments, torch.float64),
         int(tensors.steps[i]) + 1,
@@ -85,6 +85,17 @@ def _advance(group: Group, i: int, laprop: bool, scaling: Scaling, trust_ratio: 
         laprop=laprop,
         max_denom=tensors.max_denoms[i].double() if group.hyper.amsgrad else None,
     )
+
+
+def _master(group: Group, i: int) -> Tensor | None:
+    masters = group.tensors.masters
+    return masters[i] if masters and masters[i].numel() > 0 else None
+
+
+def _value(group: Group, i: int) -> Tensor:
+    """Parameter ``i`` of a group, or its master weight, in float64."""
+    param, rest = group.tensors.params[i], _master(group, i)
+    return param.double() if rest is None else master.join_master(param, rest).double()
 
 
 def _record(recorder: Recorder, group: Group, i: int, after: reference.Step, scaling: Scaling) -> None:
@@ -121,13 +132,30 @@ def _store(group: Group, i: int, values: Sequence[Tensor]) -> None:
         for moment, value in zip(moments, values, strict=True):
             moment.copy_(_flush_subnormal(value, moment.dtype))
         return
-    param = tensors.params[i]
+    for moment, value, its in zip(moments, values, _random(group, i), strict=False):
+        moment.copy_(rounding.round_stochastically(_flush_subnormal(value, moment.dtype).float(), its))
+
+
+def _store_param(group: Group, i: int, theta: Tensor) -> None:
+    """Writes parameter ``i`` of a group, and its master, after a step that has been counted."""
+    param, rest = group.tensors.params[i], _master(group, i)
+    if rest is not None:
+        value, its_rest = master.split_master(theta.float())
+        param.copy_(value)
+        rest.copy_(its_rest)
+    elif group.hyper.stochastic_rounding and param.dtype == torch.bfloat16:
+        param.copy_(rounding.round_stochastically(theta.float(), _random(group, i)[-1]))
+    else:
+        param.copy_(theta)
+
+
+def _random(group: Group, i: int) -> list[Tensor]:
+    """What parameter ``i`` of a group and its moments are rounded by, in its shape."""
+    param = group.tensors.params[i]
     strides = layouts.dense_strides(param)
     elements = torch.arange(param.numel(), device=param.device)
-    random = rounding.random_bits(group.keys[i], int(tensors.steps[i]), elements)
-    for moment, value, its in zip(moments, values, random, strict=True):
-        its = its.as_strided(param.shape, strides)
-        moment.copy_(rounding.round_stochastically(_flush_subnormal(value, moment.dtype).float(), its))
+    random = rounding.random_bits(group.keys[i], int(group.tensors.steps[i]), elements)
+    return [its.as_strided(param.shape, strides) for its in random]
 
 
 def _grad_factor(scaling: Scaling) -> float | Tensor:

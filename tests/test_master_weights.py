@@ -1,0 +1,379 @@
+"""Parameters of 16 bits that lose no update: master weights, which make the step a float32 one, bit for bit, and
+stochastic rounding, which is right on average."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from cases import (
+    ALGORITHMS,
+    BASE,
+    BFLOAT16_OPTIONS,
+    OPTIONS,
+    SIZES,
+    assert_same_bits,
+    backend_params,
+    bits,
+    device_of,
+    make_params,
+    needs_cpu_kernels,
+    run,
+    set_grads,
+    states,
+)
+
+from maxva_kernels import LaMAdam, MAdam, functional, join_master, rounding, split_master
+from maxva_kernels.groups import MOMENTS
+
+BF16 = torch.bfloat16
+BACKENDS = backend_params()
+KINDS = ["master_weights", "stochastic_rounding"]
+
+
+def params_of(optimizer):
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def masters(optimizer):
+    """The float32 weights of an optimizer with master weights."""
+    for param in params_of(optimizer):
+        master = optimizer.state[param]["master"]
+        yield join_master(param, master) if param.dtype == BF16 else master
+
+
+def float32_copy(params):
+    return [torch.nn.Parameter(param.detach().float()) for param in params]
+
+
+# --- the two halves --------------------------------------------------------------------------------------------------
+
+
+def test_halves_make_the_whole():
+    """Guards exactness: every upper half with lower halves on both sides of ties, of the neighbours' and of 0; the
+    parameter is the nearest bfloat16; infinities and one kind of NaN come back."""
+    upper = torch.arange(-(2**15), 2**15, dtype=torch.int32)[:, None] << 16
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    weights = (upper | lower).view(torch.float32).flatten()
+    param, master = split_master(weights)
+    assert torch.equal(bits(join_master(param, master)), bits(weights))
+    finite = weights.isfinite() & param.isfinite()
+    ties = (weights.view(torch.int32) & 0xFFFF) == 0x8000
+    assert torch.equal(param[finite & ~ties], weights[finite & ~ties].bfloat16())
+    assert (param[finite & ties].float().abs() > weights[finite & ties].abs()).all()  # away from 0
+
+
+def test_halves_of_other_dtypes_are_refused():
+    """Guards against halves put together that do not belong together."""
+    with pytest.raises(ValueError, match=r"float32 weight can be split, got torch.bfloat16"):
+        split_master(torch.zeros(2, dtype=BF16))
+    for param, master in (
+        (torch.zeros(2), torch.zeros(2, dtype=torch.int16)),
+        (torch.zeros(2, dtype=BF16), torch.zeros(2)),
+        (torch.zeros(2, dtype=BF16), torch.zeros(1, dtype=torch.int16)),
+    ):
+        with pytest.raises(ValueError, match=r"a bfloat16 parameter and an int16 master of its shape"):
+            join_master(param, master)
+
+
+# --- master weights --------------------------------------------------------------------------------------------------
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("grad_dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("param_dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_is_training_in_float32(algorithm, option, param_dtype, grad_dtype):
+    """Guards the purpose: with masters a run is that of float32 parameters with the same gradients, bit for bit in
+    weights and state, also where the update looks at the parameter (decay, trust ratio); and the parameter is its
+    master, rounded."""
+    options = {**BASE, **OPTIONS[option], "backend": "cpu"}
+    optimizer = algorithm(make_params(SIZES, dtype=param_dtype), **options, master_weights=True)
+    wide = algorithm(float32_copy(params_of(optimizer)), **options)
+    for step in range(4):
+        for each in (optimizer, wide):
+            set_grads(params_of(each), step, dtype=grad_dtype)
+            each.step()
+    for param, weight, master in zip(params_of(optimizer), params_of(wide), masters(optimizer), strict=True):
+        assert torch.equal(bits(master), bits(weight.detach()))
+        assert torch.equal(param, split_master(master)[0] if param_dtype == BF16 else master.to(param_dtype))
+        for name in MOMENTS:
+            assert torch.equal(bits(optimizer.state[param][name]), bits(wide.state[weight][name])), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("param_dtype", [BF16, torch.float16], ids=str)
+def test_small_updates_add_up(param_dtype, backend):
+    """Guards against updates that vanish: 50 of 1e-4, below half a unit in the last place of 1 even in float16. With
+    masters nothing is lost, at random the mean is right (within 5 standard errors), to nearest nothing moves."""
+    means = {}
+    for kind in (*KINDS, None):
+        if kind == "stochastic_rounding" and param_dtype != BF16:
+            continue
+        (param,) = params = [torch.nn.Parameter(torch.ones(500, dtype=param_dtype, device=device_of(backend)))]
+        optimizer = MAdam(params, lr=1e-4, beta1=0.0, backend=backend, **({kind: True} if kind else {}))
+        for _ in range(50):
+            param.grad = torch.ones_like(param)
+            optimizer.step()
+        means[kind] = (next(masters(optimizer)) if kind == "master_weights" else param).double().mean().item()
+    assert means["master_weights"] == pytest.approx(1 - 50e-4, abs=1e-5)
+    assert means[None] == 1
+    if param_dtype == BF16:  # a step rounds down with p = 1e-4 / 2^-8 (below 1), and by 2^-8: a variance of 4e-7 a step
+        assert means["stochastic_rounding"] == pytest.approx(1 - 50e-4, abs=5 * (50 * 4e-7 / 500) ** 0.5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_other_parameters_of_the_group(backend):
+    """Guards groups of several dtypes: what is as wide as its arithmetic has no master, and each its own."""
+    device = device_of(backend)
+    for kind in KINDS:
+        dtypes = (torch.float32, BF16, torch.float64, BF16, torch.float32)
+        params = [make_params((40,), dtype=dtype, device=device)[0] for dtype in dtypes]
+        plain = copy.deepcopy(params)
+        optimizer, other = MAdam(params, **BASE, backend=backend, **{kind: True}), MAdam(plain, **BASE, backend=backend)
+        for each in (optimizer, other):
+            run(each, 0, 3)
+        for param, its in zip(params, plain, strict=True):
+            assert ("master" in optimizer.state[param]) == (kind == "master_weights" and param.dtype == BF16)
+            assert torch.equal(param, its) == (param.dtype != BF16)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_groups_with_and_without(backend):
+    """Guards which tensor a master belongs to where only some groups have masters, and maxima."""
+    device = device_of(backend)
+    extras = ({}, {"master_weights": True, "amsgrad": True}, {"stochastic_rounding": True}, {"amsgrad": True})
+    groups = [{"params": make_params((5, 70), BF16, device, seed=g), **extra} for g, extra in enumerate(extras)]
+    together = MAdam(copy.deepcopy(groups), **BASE, backend=backend)
+    run(together, 0, 3)
+    number = 0
+    for group, settings in zip(together.param_groups, groups, strict=True):
+        settings = dict(settings)
+        alone = MAdam(settings.pop("params"), **{**BASE, **settings}, backend=backend)
+        for step in range(3):
+            placeholders = copy.deepcopy(params_of(together))
+            set_grads(placeholders, step)
+            for param, other in zip(params_of(alone), placeholders[number:], strict=False):
+                param.grad = other.grad
+            alone.step()
+        number += len(group["params"])
+        if group["stochastic_rounding"]:
+            continue  # whose numbers depend on the place among all
+        for ours, theirs in zip(group["params"], params_of(alone), strict=True):
+            assert torch.equal(ours, theirs)
+            for name, value in alone.state[theirs].items():
+                assert torch.equal(together.state[ours][name], value), name
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("kind", KINDS)
+def test_reference_agrees(kind):
+    """Guards the oracle: from one state both come to the same parameters, but where float32 and float64 lie on either
+    side of a threshold, or in a last place of the master."""
+    optimizer = run(MAdam(make_params((4097,), dtype=BF16), **BASE, backend="cpu", **{kind: True}), 0, 5)
+    twin = copy.deepcopy(optimizer)
+    twin.backend = "reference"
+    for each in (optimizer, twin):
+        run(each, 5, 6)
+    (ours,), (theirs,) = params_of(optimizer), params_of(twin)
+    if kind == "master_weights":
+        torch.testing.assert_close(next(masters(optimizer)), next(masters(twin)), rtol=1e-6, atol=1e-6)
+    else:
+        ulps = (bits(ours.detach()).int() - bits(theirs.detach()).int()).abs()
+        assert ulps.max() <= 1
+        assert (ulps > 0).sum() <= 4
+
+
+def test_weights_set_by_others_stay():
+    """Guards against a master that overwrites what was loaded into a bfloat16 parameter."""
+    (param,) = params = make_params((600,), dtype=BF16)
+    optimizer = run(MAdam(params, **BASE, master_weights=True), 0, 3)
+    with torch.no_grad():
+        param.fill_(3.0)
+    assert (next(masters(optimizer)) - 3).abs().max() <= 2**-7  # half a unit in the last place
+
+
+# --- stochastic rounding ---------------------------------------------------------------------------------------------
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("state_dtype", [None, BF16], ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_is_a_step_in_float32_rounded(algorithm, option, state_dtype):
+    """Guards the parameter's own random numbers, for which element and which step, with and without 16-bit state."""
+    options = {**BASE, **OPTIONS[option], "state_dtype": state_dtype, "rounding_seed": 7, "backend": "cpu"}
+    optimizer = algorithm(make_params(SIZES, dtype=BF16), **options, stochastic_rounding=True)
+    for step in range(4):
+        wide = algorithm(float32_copy(params_of(optimizer)), **options)
+        for ours, theirs in zip(params_of(optimizer), params_of(wide), strict=True):
+            wide.state[theirs] = copy.deepcopy(optimizer.state[ours])
+        for each in (optimizer, wide):
+            set_grads(params_of(each), step, dtype=BF16)
+            each.step()
+        for number, (ours, theirs) in enumerate(zip(params_of(optimizer), params_of(wide), strict=True)):
+            key = rounding.tensor_key(7, number)
+            random = rounding.random_bits(key, step + 1, torch.arange(ours.numel()))[-1]
+            expected = rounding.round_stochastically(theirs.detach(), random)
+            assert torch.equal(bits(ours.detach()), bits(expected)), number
+            for name in MOMENTS:
+                assert torch.equal(bits(optimizer.state[ours][name]), bits(wide.state[theirs][name])), name
+
+
+@needs_cpu_kernels
+def test_elements_are_numbered_in_memory():
+    """Guards against numbers by another order than the kernel's walk, or than the tensor lies in: the reference's."""
+    base = torch.randn(3, 40, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    params = [torch.nn.Parameter(base.permute(order).clone()) for order in ((0, 1, 2), (2, 0, 1))]
+    params += [torch.nn.Parameter(base.permute(2, 1, 0).contiguous().permute(2, 1, 0))]
+    pair = [MAdam(copy.deepcopy(params), **BASE, stochastic_rounding=True, backend=b) for b in ("cpu", "reference")]
+    for optimizer in pair:
+        run(optimizer, 0, 2)
+    for ours, theirs in zip(*map(params_of, pair), strict=True):
+        assert (ours == theirs).float().mean() > 0.98
+
+
+# --- around the step -------------------------------------------------------------------------------------------------
+
+
+def saved(optimizer):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_is_the_run(kind, dtype, backend):
+    """Guards against masters and numbers that a checkpoint does not bring back."""
+    if kind == "stochastic_rounding" and dtype != BF16:
+        return
+    options = {**BASE, kind: True, "rounding_seed": 5, "backend": backend}
+    through, first = (MAdam(make_params(dtype=dtype, device=device_of(backend)), **options) for _ in range(2))
+    run(through, 0, 6)
+    run(first, 0, 3)
+    second = MAdam([torch.nn.Parameter(param.detach().clone()) for param in params_of(first)], **options)
+    second.load_state_dict(saved(first))
+    assert_same_bits(through, run(second, 3, 6))
+    for other in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
+        assert_same_bits(through, run(other, 3, 6))
+
+
+def test_checkpoint_of_the_other_kind():
+    """Guards against masters that a checkpoint silently drops or brings, and the way out that the message names."""
+    without, with_masters = (MAdam(make_params((40,), BF16), **BASE, master_weights=m) for m in (False, True))
+    for source, target in ((without, with_masters), (with_masters, without)):
+        run(source, 0, 2)
+        wanted = target.param_groups[0]["master_weights"]
+        with pytest.raises(ValueError, match=rf"master_weights={not wanted}, but this optimizer has {wanted}"):
+            target.load_state_dict(source.state_dict())
+        other = MAdam(copy.deepcopy(params_of(source)), **BASE, master_weights=not wanted)
+        other.load_state_dict(source.state_dict())
+        other.param_groups[0]["master_weights"] = wanted
+        run(other, 2, 4)
+        (param,) = params_of(other)
+        assert not wanted or other.state[param]["master"].any()
+    state = with_masters.state_dict()
+    state["state"][0]["master"] = state["state"][0]["master"].float()
+    with pytest.raises(ValueError, match=r"master in torch.float32, but that of a torch.bfloat16 .*int16"):
+        with_masters.load_state_dict(state)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_overflow_and_missing_gradients_leave_everything(dtype, backend):
+    """Guards masters and parameters that nothing has stepped."""
+    device = device_of(backend)
+    optimizer = run(MAdam(make_params((600, 5), dtype, device), **BASE, master_weights=True, backend=backend), 0, 2)
+    before = {name: value.clone() for name, value in states(optimizer)}
+    optimizer.found_inf, optimizer.grad_scale = (torch.ones((), device=device) for _ in range(2))
+    run(optimizer, 2, 3)
+    assert all(torch.equal(value, before[name]) for name, value in states(optimizer))
+    optimizer.found_inf.zero_()
+    params_of(optimizer)[0].grad = None
+    optimizer.step()
+    for name, value in states(optimizer):
+        assert torch.equal(value, before[name]) == name.endswith("[0]"), name
+
+
+def test_functional_form():
+    """Guards the functional form's masters and keys: those of the optimizer with the same seed."""
+    for kind in KINDS:
+        optimizer = run(MAdam(make_params((5, 700), BF16), **BASE, **{kind: True}, rounding_seed=5), 0, 1)
+        params = [param.detach().clone() for param in make_params((5, 700), BF16)]
+        lists = [[torch.zeros_like(param, dtype=torch.float32) for param in params] for _ in range(4)]
+        extra = {"stochastic_rounding": True}
+        if kind == "master_weights":
+            extra = {"masters": [torch.zeros_like(param, dtype=torch.int16) for param in params]}
+        steps, grads = [torch.tensor(0) for _ in params], [param.grad for param in params_of(optimizer)]
+        functional.madam_(params, grads, *lists, steps, **BASE, rounding_seed=5, **extra)
+        for i, param in enumerate(params_of(optimizer)):
+            assert torch.equal(param, params[i])
+            assert kind != "master_weights" or torch.equal(extra["masters"][i], optimizer.state[param]["master"])
+
+
+def test_bytes():
+    """Guards the README's figures: 2 bytes of state beside bfloat16, 4 beside float16."""
+    for dtype, expected in ((BF16, 2), (torch.float16, 4)):
+        (param,) = params = make_params((100,), dtype)
+        optimizer = run(MAdam(params, master_weights=True), 0, 1)
+        assert optimizer.state[param]["master"].nbytes == expected * 100
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_pairs_that_do_not_fit():
+    """Guards against an option accepted and ignored."""
+    with pytest.raises(ValueError, match=r"exclude each other"):
+        MAdam(make_params((2,), BF16), master_weights=True, stochastic_rounding=True)
+    with pytest.raises(ValueError, match=r"stochastic_rounding is for bfloat16, which params\[0\] .*torch.float16"):
+        LaMAdam(make_params((2,), torch.float16), stochastic_rounding=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masters_that_do_not_fit_are_named(backend):
+    """Guards the kernels against masters of another shape or dtype, or of a parameter that cannot have any."""
+    device = device_of(backend)
+
+    def step(master, dtype=BF16, masters=None):
+        given = {f"{name}s": [torch.zeros(3, device=device)] for name in MOMENTS}
+        given |= {name: [torch.ones(3, dtype=dtype, device=device)] for name in ("params", "grads")}
+        masters = [master.to(device)] if masters is None else masters
+        functional.madam_(**given, masters=masters, steps=[torch.tensor(0, device=device)], lr=0.1, backend=backend)
+
+    step(torch.zeros(3, dtype=torch.int16))
+    step(torch.zeros(0, dtype=torch.int16), torch.float32)
+    with pytest.raises(
+        RuntimeError, match=r"masters\[0\] .* must be dense and torch.int16 as the master of params\[0\]"
+    ):
+        step(torch.zeros(3))
+    with pytest.raises(RuntimeError, match=r"masters\[0\] .* must have the shape of params\[0\]"):
+        step(torch.zeros(4, dtype=torch.int16))
+    with pytest.raises(RuntimeError, match=r"masters\[0\] .* shares? memory|masters\[0\] .* that share memory"):
+        step(torch.zeros(1, dtype=torch.int16).expand(3))
+    with pytest.raises(RuntimeError, match=r"masters\[0\] .* belongs to params\[0\] .*only bfloat16"):
+        step(torch.zeros(3, dtype=torch.int16), torch.float32)
+    with pytest.raises(RuntimeError, match=r"masters has 2 entries for 1 params"):
+        step(None, masters=[torch.zeros(3, dtype=torch.int16, device=device)] * 2)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("option", BFLOAT16_OPTIONS)
+def test_threads_and_views_change_nothing(option):
+    """Guards against results that depend on who computes an element: by 1, 2, 3 and 7 threads."""
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            runs.append(run(MAdam(make_params((70_001, 300_000), BF16), **{**BASE, **BFLOAT16_OPTIONS[option]}), 0, 3))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert_same_bits(runs[0], other)
