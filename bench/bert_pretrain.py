@@ -87,7 +87,7 @@ class Run:
 
         torch.manual_seed(s.seed)
         bert = MaskedLanguageModel(tokens.vocab_size, s.layers, s.hidden, s.heads, max(s.seq_len), s.dropout)
-        self.model = engine.wrap(bert)
+        self.model = engine.wrap(bert if s.params == "float32" else bert.bfloat16())
         # Clipping inside the step saves a pass over the gradients.
         self.clips_inside = optimizers.clips(s.optimizer) and s.max_grad_norm > 0
         self.optimizer = optimizers.build(
@@ -98,6 +98,7 @@ class Run:
             beta2_range=tuple(s.beta2_range),
             max_grad_norm=s.max_grad_norm if self.clips_inside else None,
             state_dtype=s.state_dtype,
+            params=s.params,
         )
         self.schedule = PhasedLR(self.optimizer, settings.rates(s))
         self.scaler = torch.amp.GradScaler(s.device, enabled=s.amp == "fp16")

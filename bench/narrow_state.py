@@ -131,12 +131,17 @@ def noisy_quadratic() -> dict[str, Any]:
     return found
 
 
-def bert(state: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Losses of the small BERT: of each step, held out at the end."""
-    out = folder / f"{state}-{seed}"
+def bert(seed: int, *options: str) -> dict[str, Any]:
+    """Losses of the small BERT of `bert_pretrain.py` with these options: of each step, held out at the end."""
     script = Path(__file__).with_name("bert_pretrain.py")
-    options = ["--state-dtype", state, "--seed", str(seed), "--out", str(out), "--no-comparison"]
-    subprocess.run([sys.executable, str(script), *options], check=True, stdout=subprocess.DEVNULL)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, str(script), *options, "--seed", str(seed), "--out", str(out), "--no-comparison"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return _losses(out)
+
+
+def _losses(out: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
     last = [line["loss"] for line in lines[-100:]]
     losses = [round(line["loss"], 4) for line in lines]
@@ -145,12 +150,11 @@ def bert(state: str, seed: int, folder: Path) -> dict[str, Any]:
 
 def bert_runs() -> dict[str, list[dict[str, Any]]]:
     runs: dict[str, list[dict[str, Any]]] = {"float32": [], "bfloat16": []}
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in SEEDS:
-            for state, done in runs.items():
-                done.append(bert(state, seed, Path(folder)))
-                losses = f"{done[-1]['last_100']:.4f}, held out {done[-1]['held_out']:.4f}"
-                print(f"BERT, seed {seed}, {state}: last 100 steps {losses}", flush=True)
+    for seed in SEEDS:
+        for state, done in runs.items():
+            done.append(bert(seed, "--state-dtype", state))
+            losses = f"{done[-1]['last_100']:.4f}, held out {done[-1]['held_out']:.4f}"
+            print(f"BERT, seed {seed}, {state}: last 100 steps {losses}", flush=True)
     return runs
 
 

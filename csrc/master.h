@@ -5,6 +5,8 @@
 // master's: nothing is lost, and there are 2 bytes where a copy in float32 has 4. That the difference fits 16 bits with
 // their sign, ties are rounded away from zero. A parameter that something else wrote since is a master with a small
 // rest, and no old copy overwrites it.
+// In torch the rest lies in a bfloat16 tensor, for the sake of collectives, which move no int16, and of tools that cast
+// state to its parameter's dtype: it is 16 bits and not a number.
 #pragma once
 
 #include "float16.h"

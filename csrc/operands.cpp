@@ -34,8 +34,6 @@ std::string dtype_name(ScalarType dtype) {
       return "torch.complex64";
     case ScalarType::ComplexDouble:
       return "torch.complex128";
-    case ScalarType::Short:
-      return "torch.int16";
     case ScalarType::Int:
       return "torch.int32";
     case ScalarType::Long:
@@ -189,8 +187,8 @@ void check_moment(const Named& moment, const Named& param, bool narrow) {
 void check_master(const Named& master, const Named& param) {
   MAXVA_CHECK(param.tensor.scalar_type() == ScalarType::BFloat16, describe(master), " belongs to ", describe(param),
               ", and only bfloat16 parameters have such masters; pass a tensor without elements");
-  MAXVA_CHECK(is_strided(master.tensor) && master.tensor.scalar_type() == ScalarType::Short, describe(master),
-              " must be dense and torch.int16 as the master of ", describe(param));
+  MAXVA_CHECK(is_strided(master.tensor) && master.tensor.scalar_type() == ScalarType::BFloat16, describe(master),
+              " must be dense and torch.bfloat16 as the master of ", describe(param));
   MAXVA_CHECK(!may_overlap(master.tensor), describe(master),
               " has elements that share memory (an expanded tensor?); use .clone()");
   check_like(master, param);

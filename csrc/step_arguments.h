@@ -13,7 +13,7 @@
 namespace maxva {
 
 struct StepArguments {
-  // One entry for each parameter; max_denoms for each of a group with AMSGrad. Of masters, int16, those have no
+  // One entry for each parameter; max_denoms for each of a group with AMSGrad. Of masters (master.h) those have no
   // elements whose parameter has none; with no masters at all the list may be empty.
   std::vector<Tensor> params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms, masters, steps;
   bool laprop;

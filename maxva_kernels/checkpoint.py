@@ -143,7 +143,7 @@ def _check_state(index: int, param: Tensor, state_dtype: torch.dtype | None, ent
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict moves a checkpoint between placements"
             )
         if name == "master":
-            wanted = torch.int16 if param.dtype == torch.bfloat16 else torch.float32
+            wanted = torch.bfloat16 if param.dtype == torch.bfloat16 else torch.float32
             if value.dtype != wanted:
                 raise ValueError(
                     f"{where} has {name} in {value.dtype}, but that of a {param.dtype} parameter is {wanted}"

@@ -120,8 +120,8 @@ def _check_master(master: Tensor, index: int, param: Tensor, param_index: int) -
         "pass a tensor without elements",
     )
     _require(
-        master.layout == torch.strided and master.dtype == torch.int16,
-        f"{named} must be dense and torch.int16 as the master of {its_param}",
+        master.layout == torch.strided and master.dtype == torch.bfloat16,
+        f"{named} must be dense and torch.bfloat16 as the master of {its_param}",
     )
     _require(
         not layouts.may_overlap(master),

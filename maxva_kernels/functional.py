@@ -64,7 +64,7 @@ def madam_(
         weight_sums: the zeroth moment w (Eq. 2).
         steps: int64 scalars, the number of steps done; advanced by one.
         max_denoms: the running maximum of sqrt(v); passing it turns AMSGrad on.
-        masters: int16 of the parameters' shapes, zero before the first step: what makes float32 weights of bfloat16
+        masters: bfloat16 of the parameters' shapes, zero before the first step: what makes float32 weights of bfloat16
             parameters (`maxva_kernels.join_master`). Of others, tensors without elements.
         stochastic_rounding: of bfloat16 parameters without master; others are rounded to nearest.
         rounding_seed: of the random numbers that state and parameters are rounded by, with a parameter's place in the

@@ -31,7 +31,7 @@ __all__ = ["LaMAdam", "MAdam"]
 
 # What a parameter's master weight is at first, and so what its state keeps: beside bfloat16 what makes a float32 of it.
 MASTERS: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
-    torch.bfloat16: lambda param: _zeros_like(param, torch.int16),
+    torch.bfloat16: lambda param: _zeros_like(param, torch.bfloat16),
     torch.float16: lambda param: param.detach().to(torch.float32, copy=True),
 }
 

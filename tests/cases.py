@@ -145,7 +145,12 @@ def states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:
         for i, param in enumerate(group["params"]):
             yield f"params[{g}][{i}]", param.detach()
             for name, value in optimizer.state.get(param, {}).items():
-                yield f"{name}[{g}][{i}]", value
+                yield f"{name}[{g}][{i}]", no_number(name, value)
+
+
+def no_number(name: str, value: Tensor) -> Tensor:
+    """The 16 bits of a master as integers; among them are such as would be NaN."""
+    return value.view(torch.int16) if name == "master" and value.dtype == torch.bfloat16 else value
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from cases import no_number
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -125,7 +126,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, ro
 
 
 def state_of(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, Tensor]:
-    return {name: whole(value) for name, value in optimizer.state[param].items()}
+    return {name: no_number(name, whole(value)) for name, value in optimizer.state[param].items()}
 
 
 def spread(tensors: list[Tensor], mesh: Any, placements: list[Any]) -> list[DTensor]:

@@ -128,11 +128,18 @@ def same_bits(found: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -
 
 @by_name
 @pytest.mark.parametrize("kind", ["rows", "mixed", "two dimensions"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_shards_give_the_bits_of_the_whole(dtype, kind, name, ranks):
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        *((dtype, {}) for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+        *((dtype, {"master_weights": True}) for dtype in (torch.bfloat16, torch.float16)),
+    ],
+    ids=str,
+)
+def test_shards_give_the_bits_of_the_whole(dtype, options, kind, name, ranks):
     """Guards against an element that a shard's bounds lose or step twice on, in any placement; without clip, bits."""
-    for params, states in ranks(step_on_shards, name, kind, dtype, {}):
-        expected, expected_states = step_alone(name, dtype, {})
+    for params, states in ranks(step_on_shards, name, kind, dtype, options):
+        expected, expected_states = step_alone(name, dtype, options)
         assert same_bits(params, expected)
         for state, expected_state in zip(states, expected_states, strict=True):
             assert state.keys() == expected_state.keys()

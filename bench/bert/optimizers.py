@@ -12,6 +12,13 @@ NAMES = ("madam", "lamadam", "adamw", "lamb", "reference")
 
 
 STATE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+# How parameters are kept, and what that asks of ours; others know none but the first two.
+PARAMS: dict[str, dict[str, bool]] = {
+    "float32": {},
+    "bfloat16": {},
+    "bfloat16-stochastic": {"stochastic_rounding": True},
+    "bfloat16-master": {"master_weights": True},
+}
 
 
 def build(
@@ -23,8 +30,10 @@ def build(
     beta2_range,
     max_grad_norm: float | None,
     state_dtype: str = "float32",
+    params: str = "float32",
 ):
-    """`max_grad_norm` is for the optimizers that clip inside their step (see `clips`), `state_dtype` for ours."""
+    """`max_grad_norm` is for the optimizers that clip inside their step (see `clips`), `state_dtype` and what
+    `params` asks are for ours."""
     groups = param_groups_weight_decay(model, weight_decay)
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2_range[1]), fused=True)
@@ -33,7 +42,7 @@ def build(
     algorithm = LaMAdam if name == "lamadam" else MAdam
     backend = "reference" if name == "reference" else "auto"
     options = {"max_grad_norm": max_grad_norm, "state_dtype": STATE_DTYPES[state_dtype], "backend": backend}
-    return algorithm(groups, lr=lr, beta2_range=beta2_range, **options)
+    return algorithm(groups, lr=lr, beta2_range=beta2_range, **options, **PARAMS[params])
 
 
 def clips(name: str) -> bool:

@@ -38,7 +38,7 @@ SMALL_LR = {name: [5e-3] for name in optimizers.NAMES} | {"lamb": [2e-2]}
 RESULT = (
     "model", "layers", "hidden", "heads", "vocab", "dropout", "corpus_hash", "tokenizer_hash", "mask_share",
     "optimizer", "seq_len", "batch", "steps", "lr", "warmup", "decay_power", "weight_decay", "beta2_range",
-    "max_grad_norm", "state_dtype", "seed", "amp",
+    "max_grad_norm", "state_dtype", "params", "seed", "amp",
 )  # fmt: skip
 ROUNDING = ("micro_batch", "parallel", "ranks", "device", "threads")
 NOT_KEPT = ("resume", "out", "stop_after")
@@ -79,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--beta2-range", nargs=2, type=float, help="MaxVA's bounds, Adam takes the upper (0.5 0.999)")
     names = tuple(optimizers.STATE_DTYPES)
     group.add_argument("--state-dtype", choices=names, help="of MAdam's and LaMAdam's state (float32)")
+    names = tuple(optimizers.PARAMS)
+    group.add_argument("--params", choices=names, help="parameters, gradients and their arithmetic (float32)")
     group.add_argument("--max-grad-norm", type=_number, help="clip by the global norm; 0 for none (1)")
     group.add_argument("--seed", type=_whole, help="of weights, order, masks and dropout (0)")
 
@@ -107,7 +109,8 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
     s: dict[str, Any] = {
         "model": model, "optimizer": optimizer, "corpus": None, "corpus_size": 6.0, "mask_share": 0.15,
         "weight_decay": 0.01 if optimizer == "lamb" else 0.1, "beta2_range": [0.5, 0.999], "max_grad_norm": 1.0,
-        "state_dtype": "float32", "seed": 0, "parallel": "ddp" if launched else "none", "out": None, "resume": None,
+        "state_dtype": "float32", "params": "float32", "seed": 0, "parallel": "ddp" if launched else "none",
+        "out": None, "resume": None,
         "eval_sequences": 512, "stop_after": None, "no_comparison": False, "deterministic": False,
         "cache": Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "maxva-kernels",
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -131,6 +134,8 @@ def resolve(given: dict[str, Any]) -> argparse.Namespace:
 def _check(s: dict[str, Any], launched: bool) -> None:
     if s["state_dtype"] != "float32" and not optimizers.clips(s["optimizer"]):
         raise SettingsError(f"--state-dtype {s['state_dtype']} is for MAdam and LaMAdam, not for {s['optimizer']}")
+    if optimizers.PARAMS[s["params"]] and not optimizers.clips(s["optimizer"]):
+        raise SettingsError(f"--params {s['params']} is for MAdam and LaMAdam, not for {s['optimizer']}")
     if s["hidden"] % s["heads"]:
         raise SettingsError(f"--hidden {s['hidden']} is not a multiple of --heads {s['heads']}")
     if min(s["seq_len"]) < 8:

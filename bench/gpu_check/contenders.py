@@ -37,13 +37,16 @@ __all__ = ["ADAMW", "COPY", "OPTIONS", "UPDATE", "Contender", "bandwidths", "byt
 def ours(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, *, reference: bool
 ) -> list[Contender]:
-    """MAdam and LaMAdam by every GPU backend that can run, each with and without clipping and with state in 16 bits;
-    and the eager reference."""
+    """MAdam and LaMAdam by every GPU backend that can run, each with and without clipping, with state in 16 bits, and
+    with what keeps the updates of bfloat16 parameters; and the eager reference."""
     contenders = []
     backends = [name for name in ("cuda", "triton") if registry.why_not(name, device) is None]
-    for algorithm, state_dtype in itertools.product((MAdam, LaMAdam), (None, torch.bfloat16)):
+    narrow = {"bfloat16 state": {"state_dtype": torch.bfloat16}}
+    if dtype == torch.bfloat16:
+        narrow |= {"master weights": {"master_weights": True}, "stochastic rounding": {"stochastic_rounding": True}}
+    for algorithm, (kind, extra) in itertools.product((MAdam, LaMAdam), [("", {}), *narrow.items()]):
         params = make_params(shapes, dtype, device)
-        optimizer = algorithm(params, **OPTIONS, state_dtype=state_dtype)
+        optimizer = algorithm(params, **OPTIONS, **extra)
 
         def step(backend: str, max_grad_norm: float | None, optimizer: Any = optimizer) -> None:
             optimizer.backend, optimizer.max_grad_norm = backend, max_grad_norm
@@ -52,13 +55,13 @@ def ours(
         step(backends[0], None)
         moved, tensors = traffic(params, optimizer)
         grads = bytes_of([param.grad for param in params])
-        clips = {"": None, ", clipped": 1.0} if state_dtype is None else {", bfloat16 state": None}
+        clips: dict[str, float | None] = {f", {kind}": None} if kind else {"": None, ", clipped": 1.0}
         for backend in backends:
             name = algorithm.__name__ + (f" ({backend})" if len(backends) > 1 else "")
             for suffix, clip in clips.items():
                 bytes_moved = moved + (grads if clip else 0)
                 contenders.append(Contender(name + suffix, partial(step, backend, clip), bytes_moved, tensors=tensors))
-        if reference and algorithm is MAdam and state_dtype is None:
+        if reference and algorithm is MAdam and not kind:
             eager = partial(step, "reference", None)
             contenders.append(Contender("MAdam (reference, eager)", eager, None, slow=True, tensors=tensors))
     return contenders

@@ -114,7 +114,7 @@ def check(
     """Some steps of an entry of the option table; what differs after any of them."""
     table = cases()
     sizes = (*table.SIZES, *MORE_SIZES) if sizes is None else sizes
-    pair = twins(algorithm, device, backend, sizes, param, **table.OPTIONS[option], state_dtype=state)
+    pair = twins(algorithm, device, backend, sizes, param, **options_named(option), state_dtype=state)
     for step in range(steps):
         for optimizer in pair:
             params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -137,4 +137,9 @@ def variants(few: bool = False) -> Iterator[tuple[Any, ...]]:
 
 def options_of(kind: tuple[torch.dtype, torch.dtype, torch.dtype | None]) -> list[str]:
     """All options where parameter and gradient have one dtype; for others, which differ in loads and stores, some."""
-    return list(cases().OPTIONS) if kind[0] == kind[1] else ["base", "all"]
+    options = list(cases().OPTIONS) if kind[0] == kind[1] else ["base", "all"]
+    return options + (list(cases().BFLOAT16_OPTIONS) if kind[0] == torch.bfloat16 else [])
+
+
+def options_named(option: str) -> dict[str, Any]:
+    return {**(cases().OPTIONS | cases().BFLOAT16_OPTIONS)[option]}

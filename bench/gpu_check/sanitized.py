@@ -29,10 +29,13 @@ def steps(gpu: machine.Gpu) -> None:
     kinds = [kind for kind in same_bits.KINDS if (kind[0] == torch.float64) == (kind[1] == torch.float64)]
     for algorithm in (MAdam, LaMAdam):
         for param_dtype, grad_dtype, state_dtype in kinds if gpu.real else (kinds[0], kinds[-1]):
-            for offset, option in ((0, "all"), (1, "base")):
+            tried = [(0, "all"), (1, "base")]
+            if param_dtype == torch.bfloat16:
+                tried += [(0, "all_and_master_weights"), (1, "master_weights"), (0, "stochastic_rounding")]
+            for offset, option in tried:
                 whole = [p.detach() for p in table.make_params([n + offset for n in SIZES], param_dtype, gpu.device)]
                 params = [Parameter(tensor[offset:]) for tensor in whole]
-                options = {**table.BASE, **table.OPTIONS[option], "state_dtype": state_dtype}
+                options = {**table.BASE, **same_bits.options_named(option), "state_dtype": state_dtype}
                 optimizer = algorithm(params, backend="cuda", **options)
                 optimizer.grad_scale, optimizer.found_inf = (torch.full((), v, device=gpu.device) for v in (2.0, 0.0))
                 for number in range(2):

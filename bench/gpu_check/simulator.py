@@ -63,8 +63,9 @@ def our_kernels(gpu: Any) -> Iterator[dict[str, Any]]:
     kinds += [(torch.float32, torch.bfloat16, torch.bfloat16)]
     for algorithm in (MAdam, LaMAdam) if gpu.real else (MAdam,):
         for param, grad, state in kinds if gpu.real else kinds[:1]:
-            for option in ("base", "all"):
-                options = {**table.BASE, **table.OPTIONS[option], "state_dtype": state}
+            of_bfloat16 = ("all_and_master_weights", "stochastic_rounding") if param == torch.bfloat16 else ()
+            for option in ("base", "all", *of_bfloat16):
+                options = {**table.BASE, **same_bits.options_named(option), "state_dtype": state}
                 sizes = SIZES if gpu.real else SIZES[:4]
                 with pytest.MonkeyPatch.context() as patch:
                     install(SimulatedLauncher(), patch)
