@@ -116,8 +116,8 @@ class TensorLists:
     parameter has one.
 
     Parameters and gradients are float32, bfloat16, float16 or float64. A parameter's moments have its shape and one
-    dtype, `arithmetic_dtype` or, where that is float32, bfloat16. A bfloat16 parameter may have a master of its
-    dtype and shape (master.py); in place of others stand tensors without elements. Steps are int64 scalars counting the steps
+    dtype, `arithmetic_dtype` or, where that is float32, bfloat16. A bfloat16 parameter may have a master of its dtype
+    and shape (master.py); in place of others stand tensors without elements. Steps are int64 scalars counting the steps
     done. Where a gradient is None nothing of that parameter changes: so a GPU's table of pointers can stay as gradients
     come and go.
     """

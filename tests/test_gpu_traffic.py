@@ -120,6 +120,26 @@ def test_bytes_of_an_element(param_dtype, grad_dtype, state_dtype, amsgrad, expe
     assert sum(launch.stats.bytes(kind) for kind in ("ld", "st", "atom")) == body + table
 
 
+@pytest.mark.parametrize(("state_dtype", "expected"), [(None, 40), (torch.bfloat16, 26)], ids=str)
+def test_saturated_weights_are_not_written(state_dtype, expected, tracking_cuda):
+    """Guards what is saved once w is 1, and that a packet in which it is not is written whole."""
+    sizes = (8192 * 2, 96)
+    optimizer = MAdam(make_params(sizes), backend=tracking_cuda.backend, **BASE, state_dtype=state_dtype)
+    params = optimizer.param_groups[0]["params"]
+    for step in range(3):
+        set_grads(params, step)
+        optimizer.step()
+        for param in params:
+            optimizer.state[param]["weight_sum"].fill_(1)
+        if step == 1:
+            optimizer.state[params[0]]["weight_sum"][77] = 0.75
+    of_one, of_all = tracking_cuda.launches[1], tracking_cuda.launches[2]
+    body = sum(of_one.bytes_of(kind, name) for kind in ("ld", "st") for name in (*stored(False), "grad"))
+    assert body == expected * sum(sizes)
+    assert of_one.bytes_of("st", "weight_sum") == 0
+    assert of_all.bytes_of("st", "weight_sum") == 16
+
+
 @pytest.mark.parametrize("absent", [{0}, {5}, {1, 2}, {0, 3, 4, 5}], ids=str)
 def test_absent_gradient(absent, tracking):
     """Guards tensors without a gradient this time: nothing of theirs is mapped, so that a touch would raise, and their

@@ -110,6 +110,23 @@ __device__ __forceinline__ float opened(BFloat16& stored) {
   return to_float(stored);
 }
 
+__device__ __forceinline__ bool is_one(BFloat16 x) {
+  return x.bits == 0x3f80;
+}
+template <typename T>
+__device__ __forceinline__ bool is_one(T x) {
+  return x == T(1);
+}
+template <int kCount, typename Stored>
+__device__ __forceinline__ bool all_ones(const Stored (&values)[kCount]) {
+  bool every = true;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    every = every && is_one(values[k]);
+  }
+  return every;
+}
+
 // The value of a parameter, which only in bfloat16 may have a master.
 template <typename T, typename Param>
 __device__ __forceinline__ T open_param(Param param, bool has_master, int16_t rest) {
@@ -206,6 +223,7 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
       at.load(grad_means, from, grad_mean);
       at.load(grad_vars, from, grad_var);
       at.load(weight_sums, from, weight_sum);
+      const bool saturated = all_ones(weight_sum);
       if (modes.amsgrad) {
         at.load(max_denoms, from, max_denom);
       }
@@ -243,7 +261,9 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
       at.store(exp_avg, from, exp_avgs);
       at.store(grad_mean, from, grad_means);
       at.store(grad_var, from, grad_vars);
-      at.store(weight_sum, from, weight_sums);
+      if (!saturated) {  // once w is 1 it stays so
+        at.store(weight_sum, from, weight_sums);
+      }
       if (modes.amsgrad) {
         at.store(max_denom, from, max_denoms);
       }
