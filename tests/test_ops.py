@@ -19,7 +19,10 @@ def step_arguments(amsgrad: bool, dtype: torch.dtype = torch.float32):
     moments = [[torch.zeros_like(param, dtype=state) for param in params] for _ in range(4)]
     steps = [torch.zeros((), dtype=torch.int64) for _ in params]
     maxima = [torch.zeros_like(params[2], dtype=state)] if amsgrad else []
-    lists = ([param.detach() for param in params], [param.grad for param in params], *moments, maxima, steps)
+    masters = [
+        torch.zeros_like(param if dtype == torch.bfloat16 else param[:0], dtype=torch.bfloat16) for param in params
+    ]
+    lists = ([param.detach() for param in params], [param.grad for param in params], *moments, maxima, masters, steps)
     options = {
         "laprop": False,
         "group_sizes": [2, 1],
@@ -34,6 +37,7 @@ def step_arguments(amsgrad: bool, dtype: torch.dtype = torch.float32):
         "amsgrad": [0, int(amsgrad)],
         "maximize": [0, 1],
         "adam_eps": [0, 1],
+        "stochastic_rounding": [0, 0],
         "grad_scale": torch.tensor(2.0),
         "found_inf": torch.tensor(0.0),
         "grad_norm": torch.tensor(3.0),
@@ -82,7 +86,7 @@ def test_compiled_module_takes_what_the_host_composes():
     """Guards the formats by which csrc/cuda/module.cpp reads a launch: without a GPU it comes as far as asking for one,
     and says so as an error that can be caught."""
     module = _ops.module("_C_cuda")
-    step = gpu.StepLaunch(0, 0, 0, 0, 0, False, 1, 1, 1, 1, bytes(88), bytes(8), *[0] * 7, -1.0)
+    step = gpu.StepLaunch(0, 0, 0, 0, 0, False, 1, 1, 1, 1, bytes(gpu._PACKED_GROUP.size), bytes(8), *[0] * 7, -1.0)
     norm_chunks = gpu.NormLaunch(0, 0, 0, False, 1, 1, 1, bytes(8), 1)
     norm_total = gpu.TotalLaunch(0, 0, False, 1, 1, 1)
     for function, launch in (

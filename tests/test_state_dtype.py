@@ -66,7 +66,7 @@ def rounded(optimizer, seed=0):
         entries = optimizer.state[param]
         key = rounding.tensor_key(seed, number)
         random = rounding.random_bits(key, int(entries["step"]), torch.arange(param.numel()))
-        for name, its in zip(MOMENTS, random, strict=True):
+        for name, its in zip(MOMENTS, random, strict=False):
             expected[name, number] = rounding.round_stochastically(flat(entries[name]), its)
         if "max_denom" in entries:
             expected["max_denom", number] = flat(entries["max_denom"]).bfloat16()

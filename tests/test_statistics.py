@@ -154,9 +154,10 @@ def test_records_are_written_for_sampled_chunks_alone():
     records = torch.full((chunks, len(statistics.FIELDS)), -1.0)
     of_groups = {"beta1": 0.9, "beta2_lower": 0.5, "beta2_upper": 0.9, "beta2_init": 0.9, "eps": 1e-8}
     of_groups |= {"weight_decay": 0.0, "decoupled_weight_decay": 1, "amsgrad": 0, "maximize": 0, "adam_eps": 0}
+    of_groups |= {"stochastic_rounding": 0}
     given = {name: [value] for name, value in of_groups.items()}
     lr, steps = torch.tensor([0.1], dtype=torch.float64), [torch.zeros((), dtype=torch.int64)]
-    _ops.step_(*lists, [], steps, laprop=False, group_sizes=[1], lr=lr, **given, statistics=records)
+    _ops.step_(*lists, [], [], steps, laprop=False, group_sizes=[1], lr=lr, **given, statistics=records)
     assert (records[:, 0] != -1).tolist() == [statistics.is_sampled(chunk) for chunk in range(chunks)]
 
 
