@@ -18,6 +18,15 @@ from torch.optim import Optimizer
 from . import distributed
 from .groups import HYPERPARAMETERS, MOMENTS, STATE_DTYPES, arithmetic_dtype
 
+# Options of a group that checkpoints of the first versions lack, with what they were.
+ADDED_SINCE = {
+    "trust_ratio": False,
+    "state_dtype": None,
+    "rounding_seed": 0,
+    "master_weights": False,
+    "stochastic_rounding": False,
+}
+
 
 class _Opaque:
     """One parameter's saved state, which torch hands on as it is."""
@@ -104,7 +113,7 @@ def _copy(name: str, value: Any, param: Tensor) -> Tensor:
 
 def _check_group(optimizer: Optimizer, index: int, group: dict[str, Any]) -> None:
     name = type(optimizer).__name__
-    missing = [key for key in HYPERPARAMETERS if key not in group]
+    missing = [key for key in HYPERPARAMETERS if key not in group and key not in ADDED_SINCE]
     if missing:
         raise ValueError(
             f"this is not a checkpoint of {name}: its param_groups[{index}] has no {missing[0]!r} (it has "

@@ -354,10 +354,8 @@ class _MaxVA(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("trust_ratio", False)  # of a checkpoint older than that
-            group.setdefault("rounding_seed", 0)
-            group.setdefault("master_weights", False)
-            group.setdefault("stochastic_rounding", False)
+            for option, value in checkpoint.ADDED_SINCE.items():
+                group.setdefault(option, value)
         checkpoint.unwrap(self.state)
 
 

@@ -19,6 +19,7 @@ from cases import (
 )
 
 from maxva_kernels import LaMAdam, MAdam
+from maxva_kernels.checkpoint import ADDED_SINCE
 
 SIZES = (3, (2, 5), 33)
 
@@ -233,6 +234,18 @@ def test_other_entries_pass():
     assert loaded.state[loaded.param_groups[0]["params"][0]]["mine"] == [1, "two"]
     assert loaded.param_groups[0]["tag"] == "encoder"
     run(loaded, 1, 2)
+
+
+def test_checkpoint_of_an_older_version():
+    """Guards against refusing, or breaking on, a checkpoint from before an option was there."""
+    saved, loaded = run(make(MAdam, "auto"), 0, 2), make(MAdam, "auto")
+    state_dict = saved.state_dict()
+    for group in state_dict["param_groups"]:
+        for option in ADDED_SINCE:
+            del group[option]
+    loaded.load_state_dict(state_dict)
+    adopt_params(loaded, saved)
+    assert_same_bits(run(loaded, 2, 4), run(make(MAdam, "auto"), 0, 4))
 
 
 def test_hooks_see_plain_state():
