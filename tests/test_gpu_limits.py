@@ -165,7 +165,7 @@ def test_indices_beyond_32_bits(param_dtype, grad_dtype, state, offset, grad_off
 
     steps = torch.tensor([4, 4])
     addresses = [first[name] for name in ("param", *MOMENTS)]
-    row = torch.tensor([*addresses, 0, steps[:1].data_ptr(), numel, 0, -before, KEY])
+    row = torch.tensor([*addresses, 0, steps[:1].data_ptr(), numel, 0, -before, KEY, 0])
     chunk_rows, ticket = torch.zeros(chunks, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     packed, _ = gpu._pack([Hyperparameters(**BASE)], wide, torch.device("cpu"))
     launch = gpu.StepLaunch(

@@ -192,7 +192,7 @@ def test_hyperparameters_beyond_float32():
     """Guards against an exception where C++ stores an infinity."""
     from maxva_kernels.triton_kernels.launcher import _hyperparameters
 
-    packed = gpu._PACKED_GROUP.pack(0.1, 0, 0.9, 0.5, 0.999, 0.999, 1e300, 0.0, 1, 0, 0)
+    packed = gpu._PACKED_GROUP.pack(0.1, 0, 0.9, 0.5, 0.999, 0.999, 1e300, 0.0, 1, 0, 0, 0)
     _, values = _hyperparameters(packed, 1.0, False)
     assert torch.frombuffer(bytearray(values), dtype=torch.float32)[1] == torch.inf
 
