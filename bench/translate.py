@@ -30,27 +30,23 @@ import io
 import itertools
 import random
 import re
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import plots
 import torch
 from compare import paired, tuning
 from compare.contenders import package
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim import Optimizer
 
 from maxva_kernels import LaMAdam, MAdam
 from maxva_kernels.recipe import param_groups_weight_decay
 
 BASELINE = "LaProp"
 WHEELS = ("pretix-2026.8.0-py3-none-any.whl", "gramps-6.0.8-py3-none-any.whl")
-DATA = Path("~/.cache/maxva_bench")
 WORDS = range(2, 31)
 DECAY, SMOOTHING = 1e-4, 0.1
 PAD, BEGIN, END = range(3)  # the first ids of a vocabulary
@@ -84,17 +80,11 @@ SETTINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Contender:
-    make: Callable[[Any], Optimizer]
-    centre: float  # of the grid of learning rates
-
-
 CONTENDERS = {
-    "AdamW": Contender(torch.optim.AdamW, 2e-3),
-    "LaProp": Contender(package("LaProp"), 2e-3),
-    "MAdam": Contender(lambda groups: MAdam(groups, beta2_range=(0.5, 0.999)), 2e-3),
-    "LaMAdam": Contender(lambda groups: LaMAdam(groups, beta2_range=(0.5, 0.999), eps=1e-15), 2e-3),
+    "AdamW": paired.Contender(torch.optim.AdamW, 2e-3),
+    "LaProp": paired.Contender(package("LaProp"), 2e-3),
+    "MAdam": paired.Contender(lambda groups: MAdam(groups, beta2_range=(0.5, 0.999)), 2e-3),
+    "LaMAdam": paired.Contender(lambda groups: LaMAdam(groups, beta2_range=(0.5, 0.999), eps=1e-15), 2e-3),
 }
 
 
@@ -338,7 +328,7 @@ def compare(runs: tuning.Runs, pairs: list[Pair], setting: Setting) -> dict[str,
     found = paired.compare(
         runs,
         lambda name, lr, seed: train(name, lr, seed, setting, pairs),
-        {name: contender.centre for name, contender in CONTENDERS.items()},
+        CONTENDERS,
         baseline=BASELINE,
         score="BLEU",
         rates=setting.rates,
@@ -355,20 +345,11 @@ def draw(record: dict[str, Any]) -> Any:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = plots.parser(__doc__)
-    parser.add_argument("--setting", choices=SETTINGS, default="cpu", help="(cpu)")
-    parser.add_argument("--data", type=Path, metavar="DIR", default=DATA, help=f"where the wheels lie ({DATA})")
-    args = parser.parse_args(argv)
+    args = paired.parse(__doc__, SETTINGS, argv)
     setting = SETTINGS[args.setting]
-    if setting.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("translate.py: --setting gpu: torch sees no CUDA device here")
-    torch.set_num_threads(1)  # on a CPU the network is too small to share
+    torch.set_num_threads(1)  # on a CPU the model is too small to share
     pairs = read(args.data)
-    begin = time.perf_counter()
-    record = compare(tuning.Runs(args.out and args.out / "translate.jsonl"), pairs, setting)
-    print(f"{time.perf_counter() - begin:.0f} s\n")
-    print(paired.table(record["optimizers"], BASELINE, "BLEU"))
-    plots.write(args, "translate", record, draw)
+    paired.report(args, "translate", lambda runs: compare(runs, pairs, setting), draw, BASELINE, "BLEU")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,14 @@ MAXVA_FN void convert(double x, double& out) {
   out = x;
 }
 
+MAXVA_FN bool is_one(BFloat16 x) {
+  return x.bits == 0x3f80u;
+}
+template <typename T>
+MAXVA_FN bool is_one(T x) {
+  return x == T(1);
+}
+
 // Between a stored type and the arithmetic's type T.
 template <typename T, typename Stored>
 MAXVA_FN T widen(Stored x) {

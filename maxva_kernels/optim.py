@@ -302,6 +302,7 @@ class _MaxVA(Optimizer):
         pairs = [
             (param, self.state[param]["master"])
             for settings in self.param_groups
+            if settings["master_weights"]
             for param in settings["params"]
             if param.grad is not None and _has_whole_master(param, settings)
         ]

@@ -7,6 +7,7 @@ matters, gradients whose mean and deviation are alike.
 from __future__ import annotations
 
 import importlib.util
+import io
 import shutil
 from collections.abc import Iterator
 
@@ -132,11 +133,22 @@ def set_grads(
 
 def run(optimizer, first=0, last=4):
     """Steps first ... last - 1; a parameter's gradients depend on its place, so that a copy gets the same."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
     for step in range(first, last):
-        set_grads(params, step)
+        set_grads(params_of(optimizer), step)
         optimizer.step()
     return optimizer
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def through_file(value):
+    """What torch.load makes of it, weights_only: a checkpoint must hold nothing but tensors and plain values."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
 
 
 def states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,6 @@
 """Saving and loading: a resumed run is the run itself, bit for bit, and what does not fit is refused as a whole."""
 
 import copy
-import io
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from cases import (
     run,
     set_grads,
     states,
+    through_file,
 )
 
 from maxva_kernels import LaMAdam, MAdam
@@ -27,14 +27,6 @@ SIZES = (3, (2, 5), 33)
 def make(algorithm, backend, *, sizes=SIZES, dtype=torch.float32, **options):
     params = make_params(sizes, dtype, device_of(backend))
     return algorithm(params, backend=backend, **{**BASE, **options})
-
-
-def through_file(state_dict):
-    """What torch.load makes of it, weights_only: a checkpoint must hold nothing but tensors and plain values."""
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def adopt_params(target, source):

@@ -6,14 +6,13 @@ bias-corrected sqrt(v), 1e-16 in the denominator of Eq. 6, and a LaMAdam whose m
 
 import argparse
 import copy
-import io
 import itertools
 import subprocess
 import sys
 
 import pytest
 import torch
-from cases import make_params, needs_cpu_kernels, run, set_grads
+from cases import make_params, needs_cpu_kernels, params_of, run, set_grads, through_file
 from torch.optim import Optimizer
 
 from maxva_kernels import LaMAdam, MAdam
@@ -162,19 +161,9 @@ def ours_of(theirs):
     return MAdam if issubclass(theirs, TheirMAdam) else LaMAdam
 
 
-def params_of(optimizer):
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
 def copied(optimizer, dtype):
     """The parameters' values, as a model's checkpoint brings them."""
     return [torch.nn.Parameter(param.detach().to(dtype, copy=True)) for param in params_of(optimizer)]
-
-
-def through_file(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    return torch.load(io.BytesIO(file.getvalue()), weights_only=True)
 
 
 def cast(state_dict, dtype):

@@ -17,7 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import ALGORITHMS, BASE, DTYPES, cannot_simulate, make_params, needs_cpu_kernels, set_grads, states
+from cases import (
+    ALGORITHMS,
+    BASE,
+    DTYPES,
+    cannot_simulate,
+    make_params,
+    needs_cpu_kernels,
+    params_of,
+    set_grads,
+    states,
+)
 from torch.nn import Parameter
 
 from maxva_kernels import MAdam, functional
@@ -61,10 +71,6 @@ def few(values, rehearsed=2):
 def twins(machine, algorithm=MAdam, dtype=torch.float32, sizes=SHAPES, **options):
     """The same optimizer twice: on the GPU, and by the CPU kernels."""
     return same_bits.twins(algorithm, machine.device, machine.backend, sizes, dtype, **options)
-
-
-def params_of(optimizer):
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def step(optimizers, number, dtype=None):

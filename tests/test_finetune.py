@@ -21,7 +21,7 @@ for _name in ("transformers", "tokenizers", "safetensors", "matplotlib", "pytorc
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import finetune  # noqa: E402
-from compare import tuning  # noqa: E402
+from experiments import check_end_to_end  # noqa: E402
 
 WORDS = ["good", "fine", "bad", "poor", "film", "plot", "cast", "scene", "a", "the", "this", "that", "is", "was"]
 TINY = finetune.Setting("cpu", 32, 1, rates=2, fresh=2, chosen_by=16, tested=32)
@@ -83,25 +83,10 @@ def _threads():
 
 def test_all_optimizers_end_to_end(folder, tmp_path, monkeypatch, capsys):
     """Guards against a contender that does not run, one that sees other seeds, and runs lost or made twice."""
-    made, train = [], finetune.train
     monkeypatch.setitem(finetune.SETTINGS, "cpu", TINY)
-    monkeypatch.setattr(finetune, "train", lambda *args: made.append(args[:3]) or train(*args))
-    command = ["--data", str(folder), "--out", str(tmp_path / "out")]
-    finetune.main(command)
-    record = json.loads((tmp_path / "out/finetune.json").read_text())
-    assert record["optimizers"].keys() == finetune.CONTENDERS.keys()
+    command = ["--data", str(folder)]
+    record = check_end_to_end(finetune, "AdamW", "accuracy", TINY.rates, command, tmp_path / "out", monkeypatch, capsys)
     assert record["texts"] == 300
-    for name, one in record["optimizers"].items():
-        assert TINY.rates <= len(one["by_rate"]) <= TINY.rates + tuning.EXTENSIONS, name
-        assert [seed for n, lr, seed in made if (n, lr) == (name, one["lr"])] == [0, 1, 2], name
-        assert one["mean"] == pytest.approx(sum(one["accuracy"]) / 2)
-    assert record["optimizers"]["AdamW"]["minus_AdamW"] == [0, 0]
-    assert (tmp_path / "out/finetune.png").read_bytes().startswith(b"\x89PNG")
-    assert "| LaMAdam |" in capsys.readouterr().out
-    before = len(made)
-    finetune.main(command)
-    assert len(made) == before
-    assert json.loads((tmp_path / "out/finetune.json").read_text()) == record
 
 
 def test_texts_are_divided(folder):

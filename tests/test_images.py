@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,7 +14,7 @@ for _name in ("sklearn", "matplotlib", "pytorch_optimizer"):
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import images  # noqa: E402
-from compare import tuning  # noqa: E402
+from experiments import check_end_to_end  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -27,23 +26,9 @@ def _threads():
 
 def test_all_optimizers_end_to_end(tmp_path, monkeypatch, capsys):
     """Guards against a contender that does not run, one that sees other seeds, and runs lost or made twice."""
-    made, compare, train = [], images.compare, images.train
+    compare = images.compare
     monkeypatch.setattr(images, "compare", lambda runs: compare(runs, steps=6, fresh=2))
-    monkeypatch.setattr(images, "train", lambda *args: made.append(args[:3]) or train(*args))
-    images.main(["--out", str(tmp_path)])
-    record = json.loads((tmp_path / "images.json").read_text())
-    assert record["optimizers"].keys() == images.CONTENDERS.keys()
-    for name, one in record["optimizers"].items():
-        assert images.RATES <= len(one["by_rate"]) <= images.RATES + tuning.EXTENSIONS, name
-        assert [seed for n, lr, seed in made if (n, lr) == (name, one["lr"])] == [0, 1, 2], name
-        assert one["mean"] == pytest.approx(sum(one["accuracy"]) / 2)
-    assert record["optimizers"]["AdamW"]["minus_AdamW"] == [0, 0]
-    assert (tmp_path / "images.png").read_bytes().startswith(b"\x89PNG")
-    assert "| LaMAdam |" in capsys.readouterr().out
-    before = len(made)
-    images.main(["--out", str(tmp_path)])
-    assert len(made) == before
-    assert json.loads((tmp_path / "images.json").read_text()) == record
+    check_end_to_end(images, "AdamW", "accuracy", images.RATES, [], tmp_path, monkeypatch, capsys)
 
 
 def test_images_are_divided():

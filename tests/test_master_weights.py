@@ -4,7 +4,6 @@ stochastic rounding, which is right on average."""
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -22,9 +21,11 @@ from cases import (
     make_params,
     needs_cpu_kernels,
     no_number,
+    params_of,
     run,
     set_grads,
     states,
+    through_file,
 )
 
 from maxva_kernels import LaMAdam, MAdam, functional, join_master, rounding, split_master
@@ -33,10 +34,6 @@ from maxva_kernels.groups import MOMENTS
 BF16 = torch.bfloat16
 BACKENDS = backend_params()
 KINDS = ["master_weights", "stochastic_rounding"]
-
-
-def params_of(optimizer):
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def masters(optimizer):
@@ -241,13 +238,6 @@ def test_elements_are_numbered_in_memory():
 # --- around the step -------------------------------------------------------------------------------------------------
 
 
-def saved(optimizer):
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -260,7 +250,7 @@ def test_resumed_run_is_the_run(kind, dtype, backend):
     run(through, 0, 6)
     run(first, 0, 3)
     second = MAdam([torch.nn.Parameter(param.detach().clone()) for param in params_of(first)], **options)
-    second.load_state_dict(saved(first))
+    second.load_state_dict(through_file(first.state_dict()))
     assert_same_bits(through, run(second, 3, 6))
     for other in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
         assert_same_bits(through, run(other, 3, 6))
@@ -359,7 +349,7 @@ def test_masters_that_do_not_fit_are_named(backend):
         step(torch.zeros(3))
     with pytest.raises(RuntimeError, match=r"masters\[0\] .* must have the shape of params\[0\]"):
         step(torch.zeros(4, dtype=BF16))
-    with pytest.raises(RuntimeError, match=r"masters\[0\] .* shares? memory|masters\[0\] .* that share memory"):
+    with pytest.raises(RuntimeError, match=r"masters\[0\] .* that share memory"):
         step(torch.zeros(1, dtype=BF16).expand(3))
     with pytest.raises(RuntimeError, match=r"masters\[0\] .* belongs to params\[0\] .*only bfloat16"):
         step(torch.zeros(3, dtype=BF16), torch.float32)

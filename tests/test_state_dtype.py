@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import sys
 from pathlib import Path
@@ -21,9 +20,11 @@ from cases import (
     device_of,
     make_params,
     needs_cpu_kernels,
+    params_of,
     run,
     set_grads,
     states,
+    through_file,
 )
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -41,10 +42,6 @@ import narrow_state
 
 BF16 = torch.bfloat16
 BACKENDS = backend_params()
-
-
-def params_of(optimizer):
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def as_float32(optimizer):
@@ -318,13 +315,6 @@ def test_each_bit_halves_the_error():
 # --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
-def saved(optimizer):
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 def test_resumed_run_is_the_run(dtype, backend):
@@ -335,7 +325,7 @@ def test_resumed_run_is_the_run(dtype, backend):
     run(first, 0, 3)
     params = [torch.nn.Parameter(param.detach().clone()) for param in params_of(first)]
     second = MAdam(params, **{**options, "rounding_seed": 0})
-    second.load_state_dict(saved(first))
+    second.load_state_dict(through_file(first.state_dict()))
     assert_same_bits(through, run(second, 3, 6))
     copies = [copy.deepcopy(first), pickle.loads(pickle.dumps(first))]
     for other in copies:

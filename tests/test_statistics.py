@@ -17,6 +17,7 @@ from cases import (
     device_of,
     make_params,
     needs_cpu_kernels,
+    params_of,
     run,
     set_grads,
 )
@@ -29,10 +30,6 @@ both_algorithms = pytest.mark.parametrize("algorithm", ALGORITHMS)
 
 # Nothing, less than a chunk, a chunk, more of them than are sampled.
 SIZES = (0, 1, 700, CHUNK, 2 * CHUNK + 5)
-
-
-def params_of(optimizer):
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def make(algorithm, backend, dtype=torch.float32, sizes=SIZES, **options):

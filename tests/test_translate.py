@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import random
 import struct
 import sys
@@ -20,7 +19,7 @@ for _name in ("tokenizers", "sacrebleu", "matplotlib", "pytorch_optimizer"):
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import translate  # noqa: E402
-from compare import tuning  # noqa: E402
+from experiments import check_end_to_end  # noqa: E402
 
 GERMAN = [
     "der",
@@ -104,25 +103,12 @@ def test_all_optimizers_end_to_end(tmp_path, monkeypatch, capsys):
     """Guards against a contender that does not run, one that sees other seeds, and runs lost or made twice."""
     texts = {english: german for german, english in sentences(80)}
     wheels(tmp_path, texts, {})
-    made, train = [], translate.train
     monkeypatch.setitem(translate.SETTINGS, "cpu", TINY)
-    monkeypatch.setattr(translate, "train", lambda *args: made.append(args[:3]) or train(*args))
-    command = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    translate.main(command)
-    record = json.loads((tmp_path / "out/translate.json").read_text())
+    command = ["--data", str(tmp_path)]
+    out = tmp_path / "out"
+    record = check_end_to_end(translate, "LaProp", "BLEU", TINY.rates, command, out, monkeypatch, capsys)
     assert record["pairs"] == 80
-    assert record["optimizers"].keys() == translate.CONTENDERS.keys() == {"AdamW", "LaProp", "MAdam", "LaMAdam"}
-    for name, one in record["optimizers"].items():
-        assert TINY.rates <= len(one["by_rate"]) <= TINY.rates + tuning.EXTENSIONS, name
-        assert [seed for n, lr, seed in made if (n, lr) == (name, one["lr"])] == [0, 1, 2], name
-        assert one["mean"] == pytest.approx(sum(one["BLEU"]) / 2)
-    assert record["optimizers"]["LaProp"]["minus_LaProp"] == [0, 0]
-    assert (tmp_path / "out/translate.png").read_bytes().startswith(b"\x89PNG")
-    assert "| LaMAdam |" in capsys.readouterr().out
-    before = len(made)
-    translate.main(command)
-    assert len(made) == before
-    assert json.loads((tmp_path / "out/translate.json").read_text()) == record
+    assert record["optimizers"].keys() == {"AdamW", "LaProp", "MAdam", "LaMAdam"}
 
 
 def test_which_messages_are_read(tmp_path):

@@ -66,6 +66,7 @@ def _stepper(name: str, model: nn.Module, settings: Namespace) -> Callable[[], N
         beta2_range=bounds,
         max_grad_norm=inside,
         state_dtype=dtype,
+        params=settings.params,
     )
 
     def step() -> None:

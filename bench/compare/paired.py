@@ -6,14 +6,30 @@ how good a seed is for all.
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import plots
 import torch
+from torch.optim import Optimizer
 
 from compare import tuning
+
+# Where packages lie that are read and not installed.
+DATA = Path("~/.cache/maxva_bench")
+
+
+@dataclass(frozen=True)
+class Contender:
+    make: Callable[[Any], Optimizer]
+    centre: float  # of the grid of learning rates
+
 
 Train = Callable[[str, float, int], dict[str, Any]]  # (optimizer, learning rate, seed): "validation" and the score
 
@@ -21,14 +37,14 @@ Train = Callable[[str, float, int], dict[str, Any]]  # (optimizer, learning rate
 def compare(
     runs: tuning.Runs,
     train: Train,
-    centres: dict[str, float],
+    contenders: Mapping[str, Contender],
     baseline: str,
     score: str,
     rates: int,
     seeds: Iterable[int],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """By optimizer, of those that ``centres`` names with the middle of its grid: what was tried and what came out.
+    """By optimizer: what was tried and what came out.
 
     Args:
         train: Gives the loss to choose by as "validation", None where it is no finite number.
@@ -47,8 +63,8 @@ def compare(
         return result
 
     found: dict[str, Any] = {}
-    for name, centre in centres.items():
-        losses = tuning.tune(lambda lr, name=name: tuning.final(run(name, lr, 0)), centre, rates)  # type: ignore[misc]
+    for name, contender in contenders.items():
+        losses = tuning.tune(lambda lr, name=name: tuning.final(run(name, lr, 0)), contender.centre, rates)  # type: ignore[misc]
         best = tuning.best_rate(losses)
         found[name] = {
             "lr": best,
@@ -89,3 +105,34 @@ def figure(found: dict[str, Any], score: str, unit: str, title: str) -> Any:
     axes.set(ylabel=unit, title=title)
     axes.grid(alpha=0.3)
     return figure
+
+
+def parse(doc: str | None, settings: Mapping[str, Any], argv: list[str] | None) -> argparse.Namespace:
+    """The arguments of an experiment with settings, which have a ``device``, on packages that are read.
+
+    Raises:
+        SystemExit: the setting needs a GPU, and there is none.
+    """
+    parser = plots.parser(doc)
+    parser.add_argument("--setting", choices=settings, default="cpu", help="(cpu)")
+    parser.add_argument("--data", type=Path, metavar="DIR", default=DATA, help=f"where the packages lie ({DATA})")
+    args = parser.parse_args(argv)
+    if settings[args.setting].device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"{parser.prog}: --setting {args.setting}: torch sees no CUDA device here")
+    return args
+
+
+def report(
+    args: argparse.Namespace,
+    name: str,
+    compare: Callable[[tuning.Runs], dict[str, Any]],
+    draw: Callable[[dict[str, Any]], Any],
+    baseline: str,
+    score: str,
+) -> None:
+    """Makes the runs that are missing in NAME.jsonl, prints the table and writes what the options ask for."""
+    begin = time.perf_counter()
+    record = compare(tuning.Runs(args.out and args.out / f"{name}.jsonl"))
+    print(f"{time.perf_counter() - begin:.0f} s\n")
+    print(table(record["optimizers"], baseline, score))
+    plots.write(args, name, record, draw)

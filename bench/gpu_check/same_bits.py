@@ -142,4 +142,4 @@ def options_of(kind: tuple[torch.dtype, torch.dtype, torch.dtype | None]) -> lis
 
 
 def options_named(option: str) -> dict[str, Any]:
-    return {**(cases().OPTIONS | cases().BFLOAT16_OPTIONS)[option]}
+    return (cases().OPTIONS | cases().BFLOAT16_OPTIONS)[option]

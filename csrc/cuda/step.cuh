@@ -110,13 +110,6 @@ __device__ __forceinline__ float opened(BFloat16& stored) {
   return to_float(stored);
 }
 
-__device__ __forceinline__ bool is_one(BFloat16 x) {
-  return x.bits == 0x3f80;
-}
-template <typename T>
-__device__ __forceinline__ bool is_one(T x) {
-  return x == T(1);
-}
 template <int kCount, typename Stored>
 __device__ __forceinline__ bool all_ones(const Stored (&values)[kCount]) {
   bool every = true;

@@ -1,0 +1,41 @@
+"""What the tests of the experiments that compare optimizers by a score share (bench/compare/paired.py)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from compare import tuning
+
+
+def check_end_to_end(
+    module: ModuleType,
+    baseline: str,
+    score: str,
+    rates: int,
+    command: list[str],
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> dict[str, Any]:
+    """Runs a command that writes to ``out``, with two fresh seeds, and again; its record."""
+    made, train, name = [], module.train, module.__name__
+    monkeypatch.setattr(module, "train", lambda *args: made.append(args[:3]) or train(*args))
+    module.main([*command, "--out", str(out)])
+    record = json.loads((out / f"{name}.json").read_text())
+    assert record["optimizers"].keys() == module.CONTENDERS.keys()
+    for optimizer, one in record["optimizers"].items():
+        assert rates <= len(one["by_rate"]) <= rates + tuning.EXTENSIONS, optimizer
+        assert [seed for n, lr, seed in made if (n, lr) == (optimizer, one["lr"])] == [0, 1, 2], optimizer
+        assert one["mean"] == pytest.approx(sum(one[score]) / 2)
+    assert record["optimizers"][baseline][f"minus_{baseline}"] == [0, 0]
+    assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "| LaMAdam |" in capsys.readouterr().out
+    before = len(made)
+    module.main([*command, "--out", str(out)])
+    assert len(made) == before
+    assert json.loads((out / f"{name}.json").read_text()) == record
+    return record
