@@ -99,6 +99,16 @@ MAXVA_FN void convert(double x, double& out) {
   out = x;
 }
 
+// The number 1 as it is stored.
+template <typename Stored>
+MAXVA_FN Stored one() {
+  if constexpr (sizeof(Stored) == 2) {
+    return {0x3f80u};
+  } else {
+    return Stored(1);
+  }
+}
+
 MAXVA_FN bool is_one(BFloat16 x) {
   return x.bits == 0x3f80u;
 }

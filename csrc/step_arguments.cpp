@@ -92,6 +92,7 @@ void StepArguments::check() const {
   check_table("trust_ratios", trust_ratios, ScalarType::Double, "float64", count, 1);
   check_table("update_norms", update_norms, ScalarType::Double, "float64", count, 2);
   check_table("statistics", statistics, ScalarType::Float, "float32", chunks, kStatisticsFields);
+  check_table("saturation", saturation, ScalarType::Int, "int32", chunks, 1);
 }
 
 }  // namespace maxva

@@ -35,6 +35,8 @@ struct StepArguments {
   // For each parameter: its norm and that of its update at learning rate 1. Where these are asked for nothing is
   // stepped.
   std::optional<Tensor> update_norms;
+  // For each chunk of each parameter: its stamp, see Note [Saturated chunks].
+  std::optional<Tensor> saturation;
 
   // Whether a parameter has a master.
   bool has_master(size_t param) const { return !masters.empty() && masters[param].numel() > 0; }

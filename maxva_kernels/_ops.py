@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .checks import describe
 from .groups import Group, Hyperparameters, Scaling, TensorLists, joined, no_master
+from .saturation import Saturation
 from .statistics import Recorder, tensors_of
 
 library = torch.library.Library("maxva", "DEF")
@@ -34,6 +35,7 @@ STEP_LISTS = tuple(f.name for f in fields(TensorLists))
 # statistics, float32 of shape [chunks, fields], takes the records of statistics.py, whose sampled chunks are written.
 # update_norms, float64 of shape [params, 2], takes for each parameter its norm and that of its update at learning rate
 # 1; where it is given nothing else is changed.
+# saturation, int32 of shape [chunks], has the stamps of csrc/saturation.h; without them all of weight_sums is read.
 library.define(
     "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] grad_means, "
     "Tensor(d!)[] grad_vars, Tensor(e!)[] weight_sums, Tensor(f!)[] max_denoms, Tensor(j!)[] masters, "
@@ -41,7 +43,8 @@ library.define(
     "float[] beta2_upper, float[] beta2_init, float[] eps, float[] weight_decay, int[] decoupled_weight_decay, "
     "int[] amsgrad, int[] maximize, int[] adam_eps, int[] stochastic_rounding, Tensor? grad_scale=None, "
     "Tensor? found_inf=None, Tensor? grad_norm=None, float max_grad_norm=-1.0, Tensor? trust_ratios=None, "
-    "int[] rounding_keys=[], Tensor(h!)? statistics=None, Tensor(i!)? update_norms=None) -> ()"
+    "int[] rounding_keys=[], Tensor(h!)? statistics=None, Tensor(i!)? update_norms=None, "
+    "Tensor(k!)? saturation=None) -> ()"
 )
 # The global L2 norm of all gradients: a scalar, float64 if any gradient is, else float32. Deterministic, and finite
 # wherever the norm itself is representable.
@@ -102,6 +105,7 @@ def call_step(
     scaling: Scaling,
     *,
     recorder: Recorder | None = None,
+    saturation: Saturation | None = None,
     update_norms: Tensor | None = None,
 ) -> None:
     """`step_` on groups in which every parameter has a gradient."""
@@ -132,6 +136,7 @@ def call_step(
         rounding_keys=_rounding_keys(groups),
         statistics=statistics,
         update_norms=update_norms,
+        saturation=None if saturation is None else saturation.stamps(joined(groups, "weight_sums")),
     )
 
 

@@ -12,6 +12,7 @@ from . import distributed
 from .backends.registry import select
 from .groups import Group, Hyperparameters, Scaling, TensorLists, joined, with_gradients
 from .rounding import tensor_key
+from .saturation import Saturation
 from .statistics import Recorder
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def step_groups(
     spreads: Sequence[distributed.Spread | None] | None = None,
     skipped_steps: Tensor | None = None,
     recorder: Recorder | None = None,
+    saturation: Saturation | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     backend: str = "auto",
@@ -141,6 +143,7 @@ def step_groups(
         skipped_steps: a count, advanced by one where the norm is not finite, in which case nothing else is changed.
             None: such gradients are stepped on like others.
         recorder: is told what the step did.
+        saturation: what the last step has left for this one, that it need not read w.
 
     Other args and errors as for `madam_`.
     """
@@ -177,8 +180,10 @@ def step_groups(
             norms = distributed.whole_norms(runs.update_norms(its_groups, laprop, scaling), owners)
             scaling = scaling._replace(trust_ratios=_trust_ratios(norms))
         steps.append((runs, its_groups, scaling))
+    if saturation is not None:
+        saturation.begin_step()
     for runs, its_groups, scaling in steps:
-        runs.step(its_groups, laprop, scaling, recorder)
+        runs.step(its_groups, laprop, scaling, recorder, saturation)
     if skip is not None and skipped_steps is not None:  # only now that nothing was refused
         skipped_steps += _on(skipped_steps.device, skip).to(skipped_steps.dtype)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import checks, layouts
 from .groups import Group, Hyperparameters, Scaling, arithmetic_dtype, joined, with_gradients
+from .saturation import Saturation
 from .statistics import Recorder, tensors_of
 from .tensor_table import (
     NormTable,
@@ -60,6 +61,7 @@ class StepLaunch(NamedTuple):
     grad_norm: int
     trust_ratios: int  # address: for each row a number of the arithmetic's type
     statistics: int  # address: for each chunk a record of statistics.py
+    saturation: int  # address: for each chunk a stamp of saturation.py
     squares: int  # addresses of what `Launcher.update_norms` fills: for each chunk six numbers,
     norms: int  # for each row two
     max_grad_norm: float
@@ -107,7 +109,7 @@ class Launcher(Protocol):
     def norm_total(self, launch: TotalLaunch, /) -> None: ...
 
 
-_captured_rates: list[Tensor] = []  # learning rates that captured graphs read
+_captured: list[Tensor] = []  # what captured graphs use besides tables: learning rates, stamps
 step_tables: TableCache[StepTable] = TableCache()
 norm_tables: TableCache[NormTable] = TableCache()
 
@@ -123,14 +125,19 @@ def is_capturing() -> bool:
 
 
 def step(
-    launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Recorder | None = None
+    launcher: Launcher,
+    groups: Sequence[Group],
+    laprop: bool,
+    scaling: Scaling,
+    recorder: Recorder | None = None,
+    saturation: Saturation | None = None,
 ) -> None:
     """One step in place, by one launch for each combination of dtypes; where a gradient is None nothing changes.
 
     Raises:
         RuntimeError: a tensor does not fit; nothing has been changed.
     """
-    _launch(launcher, groups, laprop, scaling, recorder, None)
+    _launch(launcher, groups, laprop, scaling, recorder, saturation, None)
 
 
 def update_norms(launcher: Launcher, groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Tensor:
@@ -141,7 +148,7 @@ def update_norms(launcher: Launcher, groups: Sequence[Group], laprop: bool, scal
     """
     params = joined(groups, "params")
     norms = torch.zeros(len(params), 2, dtype=torch.float64, device=params[0].device)
-    _launch(launcher, groups, laprop, scaling, None, norms)
+    _launch(launcher, groups, laprop, scaling, None, None, norms)
     return norms
 
 
@@ -151,6 +158,7 @@ def _launch(
     laprop: bool,
     scaling: Scaling,
     recorder: Recorder | None,
+    saturation: Saturation | None,
     norms: Tensor | None,
 ) -> None:
     """Launches a step or, if ``norms`` are to be filled, them alone."""
@@ -175,6 +183,7 @@ def _launch(
     grads = _fitting(joined(groups, "grads"), params, table, check)
     stream = current_stream(device)
     _copy_stand_ins(groups, table, back=False)
+    weight_sums = joined(groups, "weight_sums")
     for param_dtype, state_dtype, segment, members in table.segments:
         dtype = torch.float64 if param_dtype == torch.float64 else torch.float32
         its_grads = [grads[i] for i in segment.tensors]
@@ -185,12 +194,15 @@ def _launch(
         if recorder is not None:
             of_all = tensors_of(groups)
             records = recorder.table([of_all[i] for i in segment.tensors], device)
+        stamps = None
+        if saturation is not None and not table.stand_ins:  # whose chunks need not be those of the original
+            stamps = saturation.stamps([weight_sums[i] for i in segment.tensors])
         squares = its_norms = None
         if norms is not None:
             squares = torch.empty(segment.chunks, 6, dtype=dtype, device=device)
             its_norms = torch.zeros(len(segment.tensors), 2, dtype=dtype, device=device)
-        addresses = map(_address, (*scalars, ratios, records, squares, its_norms))
-        grad_scale, found_inf, grad_norm, trust_ratios, statistics, of_squares, of_norms = addresses
+        addresses = map(_address, (*scalars, ratios, records, stamps, squares, its_norms))
+        grad_scale, found_inf, grad_norm, trust_ratios, statistics, of_stamps, of_squares, of_norms = addresses
         packed, rates = _pack([groups[g].hyper for g in members], dtype, device)
         for grad_dtype in dict.fromkeys(grad.dtype for grad in its_grads if grad is not None):
             launch = StepLaunch(
@@ -211,6 +223,7 @@ def _launch(
                 grad_norm,
                 trust_ratios,
                 statistics,
+                of_stamps,
                 of_squares,
                 of_norms,
                 -1.0 if scaling.max_grad_norm is None else scaling.max_grad_norm,
@@ -222,7 +235,7 @@ def _launch(
         if norms is not None and its_norms is not None:
             segment.put_rows(its_norms, norms)
         if capturing:
-            _captured_rates.extend(rates)
+            _captured.extend(rates if stamps is None else [*rates, stamps])
     if norms is not None:
         return
     _copy_stand_ins(groups, table, back=True)

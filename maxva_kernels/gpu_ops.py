@@ -28,6 +28,7 @@ def step_(
     rounding_keys: Sequence[int] = (),
     statistics: Tensor | None = None,
     update_norms: Tensor | None = None,
+    saturation: None = None,  # compiled graphs have none
     **of_groups: list[Any],
 ) -> None:
     given = {name: iter(tensors) for name, tensors in zip(_ops.STEP_LISTS, lists, strict=True)}

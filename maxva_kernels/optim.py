@@ -25,6 +25,7 @@ from .groups import (
     state_dtype_name,
 )
 from .rounding import tensor_key
+from .saturation import Saturation
 from .statistics import Recorder, StepStatistics
 
 __all__ = ["LaMAdam", "MAdam"]
@@ -119,6 +120,7 @@ class _MaxVA(Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.collect_statistics = collect_statistics
         self._recorder: Recorder | None = None  # of the last step
+        self._saturation = Saturation()
         self._skipped_steps: Tensor | None = None  # where the first parameter is, from the first step on
         self.capturable = capturable
         self.backend = backend
@@ -188,6 +190,7 @@ class _MaxVA(Optimizer):
                 max_grad_norm=self.max_grad_norm,
                 **norm_options,
                 recorder=recorder,
+                saturation=None if torch.compiler.is_compiling() else self._saturation,
                 grad_scale=getattr(self, "grad_scale", None),
                 found_inf=getattr(self, "found_inf", None),
                 backend=self.backend,
@@ -354,6 +357,7 @@ class _MaxVA(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._saturation = Saturation()
         for group in self.param_groups:
             for option, value in checkpoint.ADDED_SINCE.items():
                 group.setdefault(option, value)

@@ -43,6 +43,7 @@ def step_ranges(launch: gpu.StepLaunch) -> list[Range]:
     ranges += [(name, getattr(launch, name), wide) for name in ("grad_scale", "found_inf", "grad_norm")]
     ranges += [("trust_ratios", launch.trust_ratios, tensors * wide), ("norms", launch.norms, 2 * tensors * wide)]
     ranges += [("statistics", launch.statistics, launch.chunks * RECORD)]
+    ranges += [("saturation", launch.saturation, launch.chunks * 4)]
     ranges += [("squares", launch.squares, launch.chunks * 2 * SUMS * wide)]
     for i, (values, address) in enumerate(zip(table.tolist(), _addresses(launch.grads), strict=True)):
         if address == 0:

@@ -77,7 +77,7 @@ class StepInput(ctypes.Structure):
         *((name, ctypes.c_uint64) for name in ("rows", "chunk_rows")),
         ("chunks", ctypes.c_int64),
         *((name, ctypes.c_uint64) for name in ("ticket", "grad_scale", "found_inf", "grad_norm")),
-        *((name, ctypes.c_uint64) for name in ("trust_ratios", "statistics", "squares", "norms")),
+        *((name, ctypes.c_uint64) for name in ("trust_ratios", "statistics", "saturation", "squares", "norms")),
         ("max_grad_norm", ctypes.c_double),
         *(("groups", ctypes.c_char_p), ("group_count", ctypes.c_int64)),
         *(("grads", ctypes.c_char_p), ("tensors", ctypes.c_int64)),
@@ -148,7 +148,8 @@ class SimulatedLauncher(Simulation):
             launch.param_dtype, launch.grad_dtype, launch.state_dtype,
             launch.rows, launch.chunk_rows, launch.chunks, launch.ticket,
             launch.grad_scale, launch.found_inf, launch.grad_norm,
-            launch.trust_ratios, launch.statistics, launch.squares, launch.norms, launch.max_grad_norm,
+            launch.trust_ratios, launch.statistics, launch.saturation, launch.squares, launch.norms,
+            launch.max_grad_norm,
             launch.groups, group_count, launch.grads, tensors,
         )  # fmt: skip
         twice = launch.param_dtype == 1

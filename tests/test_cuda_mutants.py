@@ -175,7 +175,7 @@ class Scenario:
             *(0, 0, *(gpu.DTYPE_CODES[d] for d in (self.param_dtype, self.grad_dtype, state_dtype)), self.laprop),
             *(segment.rows, segment.chunk_rows, segment.chunks, segment.ticket, packed, grads.tobytes()),
             *(0 if scalar is None else scalar.data_ptr() for scalar in scalars),
-            *(0 if ratios is None else ratios.data_ptr(), 0, 0, 0),  # neither statistics nor norms
+            *(0 if ratios is None else ratios.data_ptr(), 0, 0, 0, 0),  # neither statistics nor stamps nor norms
             -1.0 if self.scaling.max_grad_norm is None else self.scaling.max_grad_norm,
         )
 

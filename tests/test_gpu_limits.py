@@ -171,7 +171,7 @@ def test_indices_beyond_32_bits(param_dtype, grad_dtype, state, offset, grad_off
     launch = gpu.StepLaunch(
         0, 0, *(gpu.DTYPE_CODES[dtype] for dtype in (param_dtype, grad_dtype, state)), False,
         row.data_ptr(), chunk_rows.data_ptr(), chunks, ticket.data_ptr(),
-        packed, array("Q", [first["grad"] % 2**64]).tobytes(), *[0] * 7, -1.0,
+        packed, array("Q", [first["grad"] % 2**64]).tobytes(), *[0] * 8, -1.0,
     )  # fmt: skip
     simulated.step(launch)
     for name in MOMENTS:

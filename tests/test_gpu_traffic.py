@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cases import BASE, assert_same_bits, make_params, needs_cpu_kernels, set_grads
+from cases import BASE, assert_same_bits, make_params, needs_cpu_kernels, run, set_grads
 from simulated import Launch
 from simulated_cuda import constant
 from twins import step_both, with_twin
@@ -59,7 +59,7 @@ def assert_each_byte_once(launch: Launch, numels: list[int], amsgrad: bool, mast
     ticket = launch.buffers["ticket"]
     assert (ticket.writes == launch.stats.grid[0] + 1).all()  # each block adds to it, the last one resets it
     assert (ticket.array == 0).all()
-    allowed = {*stored(True, master), "grad", "step", "rows", "chunk_rows", "ticket", "sent"}
+    allowed = {*stored(True, master), "grad", "step", "rows", "chunk_rows", "ticket", "saturation", "sent"}
     assert {name.rstrip("0123456789") for name, _ in launch.stats.buffer_bytes} <= allowed
 
 
@@ -115,7 +115,8 @@ def test_bytes_of_an_element(param_dtype, grad_dtype, state_dtype, amsgrad, expe
     assert launch.bytes_of("ld", "step") == 8 * (chunks + len(sizes))
     assert launch.bytes_of("st", "step") == 8 * len(sizes)
     assert launch.bytes_of("atom", "ticket") == 4 * launch.stats.grid[0]
-    named = ("rows", "chunk_rows", "step", "ticket")
+    assert launch.bytes_of("ld", "saturation") == launch.bytes_of("st", "saturation") == 4 * chunks
+    named = ("rows", "chunk_rows", "step", "ticket", "saturation")
     table = sum(launch.bytes_of(kind, name) for kind in ("ld", "st", "atom") for name in named)
     assert sum(launch.stats.bytes(kind) for kind in ("ld", "st", "atom")) == body + table
 
@@ -138,6 +139,37 @@ def test_saturated_weights_are_not_written(state_dtype, expected, tracking_cuda)
     assert body == expected * sum(sizes)
     assert of_one.bytes_of("st", "weight_sum") == 0
     assert of_all.bytes_of("st", "weight_sum") == 16
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "amsgrad", "expected"), [(None, False, 36), (torch.bfloat16, False, 24), (None, True, 44)], ids=str
+)
+def test_saturated_chunks_are_neither_read_nor_written(state_dtype, amsgrad, expected, tracking):
+    """Guards what is saved once all w of a chunk have been found to be 1, and that no more than its stamp is moved for
+    it; the other chunk's w are still read and written."""
+    sizes = (8192 * 2, 96)
+    options = {**BASE, "amsgrad": amsgrad, "state_dtype": state_dtype}
+    optimizer = MAdam(make_params(sizes), backend=tracking.backend, **options)
+    params = optimizer.param_groups[0]["params"]
+    run(optimizer, 0, 1)
+    for state in optimizer.state.values():
+        state["weight_sum"].fill_(1)
+        state["step"].fill_(15)  # Triton's kernels look in one step of 16
+    run(optimizer, 1, 3)
+    launch = tracking.launches[-1]
+    body = sum(launch.bytes_of(kind, name) for kind in ("ld", "st") for name in (*stored(amsgrad), "grad"))
+    assert body == expected * sum(sizes)
+    assert not any(launch.bytes_of(kind, "weight_sum") for kind in ("ld", "st"))
+    assert (launch.buffers["saturation"].writes == 1).all()
+
+    optimizer.state[params[0]]["weight_sum"][8192 + 77] = 0.75
+    for state in optimizer.state.values():
+        state["step"].fill_(15)
+    run(optimizer, 3, 5)
+    weight_sum = tracking.launches[-1].buffers["weight_sum0"]
+    second = weight_sum.nbytes // 2
+    assert not weight_sum.reads[:second].any()
+    assert (weight_sum.reads[second:] == 1).all()
 
 
 @pytest.mark.parametrize("absent", [{0}, {5}, {1, 2}, {0, 3, 4, 5}], ids=str)
@@ -190,10 +222,17 @@ def expected_widths(
 def assert_widths(launch: Launch, tensors: list[tuple[int, int]], *variant) -> None:
     loads, stores = expected_widths(tensors, *variant)
     done = Counter(launch.stats.widths("ld"))
-    done[4] -= launch.bytes_of("ld", "chunk_rows") // 4
+    done[4] -= (launch.bytes_of("ld", "chunk_rows") + launch.bytes_of("ld", "saturation")) // 4
     done[8] -= (launch.bytes_of("ld", "rows") + launch.bytes_of("ld", "step")) // 8
     assert +done == loads
-    assert Counter(launch.stats.widths("st")) == stores
+    assert written(launch) == stores
+
+
+def written(launch: Launch) -> Counter[int]:
+    """{bytes of a store: number}, but for the chunks' stamps."""
+    stores = Counter(launch.stats.widths("st"))
+    stores[4] -= launch.bytes_of("st", "saturation") // 4
+    return +stores
 
 
 @EACH_DTYPE
@@ -287,4 +326,4 @@ def test_what_has_no_maximum_may_lie_anywhere(tracking_cuda):
     for _ in range(2):
         stores += expected_widths([(700, 3), (900, 3)], *[torch.float32] * 2, None, False)[1]
     stores[4] -= 2  # one ticket, not three
-    assert Counter(launch.stats.widths("st")) == stores
+    assert written(launch) == stores

@@ -86,7 +86,7 @@ def test_compiled_module_takes_what_the_host_composes():
     """Guards the formats by which csrc/cuda/module.cpp reads a launch: without a GPU it comes as far as asking for one,
     and says so as an error that can be caught."""
     module = _ops.module("_C_cuda")
-    step = gpu.StepLaunch(0, 0, 0, 0, 0, False, 1, 1, 1, 1, bytes(gpu._PACKED_GROUP.size), bytes(8), *[0] * 7, -1.0)
+    step = gpu.StepLaunch(0, 0, 0, 0, 0, False, 1, 1, 1, 1, bytes(gpu._PACKED_GROUP.size), bytes(8), *[0] * 8, -1.0)
     norm_chunks = gpu.NormLaunch(0, 0, 0, False, 1, 1, 1, bytes(8), 1)
     norm_total = gpu.TotalLaunch(0, 0, False, 1, 1, 1)
     for function, launch in (

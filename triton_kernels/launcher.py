@@ -62,7 +62,7 @@ class TritonLauncher:
                 *(launch.rows, launch.chunk_rows, launch.chunks, launch.ticket),
                 *(grads, len(launch.grads) // 8, integers, values),
                 *(launch.grad_scale, launch.found_inf, launch.grad_norm, max_norm),
-                *(launch.trust_ratios, launch.statistics),
+                *(launch.trust_ratios, launch.statistics, launch.saturation),
             ),
             {
                 **self._constants(launch),

@@ -14,6 +14,8 @@ GROUP_VALUES = tl.constexpr(10)
 GROUP_INTEGERS = tl.constexpr(6)
 # Numbers of a chunk's statistics (maxva_kernels/statistics.py, FIELDS).
 RECORD = tl.constexpr(6)
+# In one of so many steps a chunk that is not known to be saturated is searched for w that are not 1.
+SEARCHES = tl.constexpr(16)
 
 
 @triton.jit
@@ -49,6 +51,7 @@ def _step_block(
     coefficients, modes,  # as `update` takes them
     rounding,  # the key as `random_bits` takes it, for places counted from where the chunk begins; and of a bfloat16
     # parameter, whether it has a master and whether it is rounded stochastically
+    saturated,  # whether all w of the chunk are known to be 1, and left alone
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,  # all elements are there and every operand is aligned: no masks, so that accesses are wide
@@ -69,11 +72,14 @@ def _step_block(
     m = _load(exp_avgs, at, begin, end, STATE, T, WHOLE)
     u = _load(grad_means, at, begin, end, STATE, T, WHOLE)
     s = _load(grad_vars, at, begin, end, STATE, T, WHOLE)
-    w = _load(weight_sums, at, begin, end, STATE, T, WHOLE)
     if amsgrad:
         x = _load(max_denoms, at, begin, end, STATE, T, WHOLE)
     else:
         x = p
+    if saturated:
+        w = tl.full((BLOCK,), 1.0, T)
+    else:
+        w = _load(weight_sums, at, begin, end, STATE, T, WHOLE)
 
     # 2. Update.
     m, u, s, w, x, change, adaptive, gradient, b = update(p, g, m, u, s, w, x, coefficients, modes, LAPROP)
@@ -98,7 +104,8 @@ def _step_block(
     _store(exp_avgs, at, m, begin, end, STATE, WHOLE)
     _store(grad_means, at, u, begin, end, STATE, WHOLE)
     _store(grad_vars, at, s, begin, end, STATE, WHOLE)
-    _store(weight_sums, at, w, begin, end, STATE, WHOLE)
+    if not saturated:
+        _store(weight_sums, at, w, begin, end, STATE, WHOLE)
     if amsgrad:  # to nearest: of rounded maxima the largest would stay, and grow
         _store(max_denoms, at, x, begin, end, STATE, WHOLE)
 
@@ -115,24 +122,26 @@ def _step_block(
 
 @triton.jit
 def _step_chunk(
-    operands, begin, end, aligned, coefficients, modes, rounding,
+    operands, begin, end, aligned, coefficients, modes, rounding, saturated,
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     for first in range(0, end, BLOCK):
         if aligned & (first >= begin) & (first + BLOCK <= end):
             _step_block(
-                operands, first, begin, end, coefficients, modes, rounding, LAPROP, T, PARAM, GRAD, STATE, BLOCK, True
+                *(operands, first, begin, end, coefficients, modes, rounding, saturated),
+                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, True),
             )
         else:
             _step_block(
-                operands, first, begin, end, coefficients, modes, rounding, LAPROP, T, PARAM, GRAD, STATE, BLOCK, False
+                *(operands, first, begin, end, coefficients, modes, rounding, saturated),
+                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, False),
             )
 
 
 @triton.jit
 def _step_and_tell(
-    operands, begin, end, aligned, coefficients, modes, rounding,
+    operands, begin, end, aligned, coefficients, modes, rounding, saturated,
     record,  # address: RECORD float32 that csrc/statistics.h describes
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -146,11 +155,13 @@ def _step_and_tell(
     for first in range(0, end, BLOCK):
         if aligned & (first >= begin) & (first + BLOCK <= end):
             a, b, c, d, e = _step_block(
-                operands, first, begin, end, coefficients, modes, rounding, LAPROP, T, PARAM, GRAD, STATE, BLOCK, True
+                *(operands, first, begin, end, coefficients, modes, rounding, saturated),
+                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, True),
             )
         else:
             a, b, c, d, e = _step_block(
-                operands, first, begin, end, coefficients, modes, rounding, LAPROP, T, PARAM, GRAD, STATE, BLOCK, False
+                *(operands, first, begin, end, coefficients, modes, rounding, saturated),
+                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, False),
             )
         adaptive += a.to(tl.float32)
         one_minus_beta += b.to(tl.float32)
@@ -164,6 +175,23 @@ def _step_and_tell(
     tl.store(record + 3, at_upper)
     tl.store(record + 4, at_lower)
     tl.store(record + 5, grad_square)
+
+
+@triton.jit
+def _all_ones(weight_sums, begin, end, STATE: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether all w of a chunk are 1. Apart from the step, whose blocks have no register to spare for it."""
+    others = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, end, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        w = tl.load(weight_sums.to(tl.pointer_type(STATE)) + at, mask=(at >= begin) & (at < end), other=1.0)
+        others |= (w != 1.0).to(tl.int32)
+    return tl.max(others) == 0
+
+
+@triton.jit
+def _saturation_stamp(step, shift):
+    """csrc/saturation.h."""
+    return step.to(tl.uint32) * 8 + shift.to(tl.uint32)
 
 
 @triton.jit
@@ -260,6 +288,7 @@ _ARGUMENTS = [
     "max_grad_norm",
     "trust_ratios",
     "statistics",
+    "saturation",
 ]
 
 
@@ -281,6 +310,7 @@ def step_kernel(
     max_grad_norm: tl.int64,  # address of one
     trust_ratios: tl.int64,  # address: for each tensor what its learning rate is multiplied by, or 0: 1
     statistics: tl.int64,  # address: for each chunk RECORD float32
+    saturation: tl.int64,  # address: for each chunk its stamp, uint32 (csrc/saturation.h), or 0: none
     LAPROP: tl.constexpr,
     T: tl.constexpr,  # the arithmetic's type
     PARAM: tl.constexpr,  # the parameters' type
@@ -297,6 +327,7 @@ def step_kernel(
     grad_norm = grad_norm.to(tl.int64)
     trust_ratios = trust_ratios.to(tl.int64)
     statistics = statistics.to(tl.int64)
+    saturation = saturation.to(tl.int64)
     param_bytes: tl.constexpr = PARAM.primitive_bitwidth // 8
     grad_bytes: tl.constexpr = GRAD.primitive_bitwidth // 8
     state_bytes: tl.constexpr = STATE.primitive_bitwidth // 8
@@ -369,20 +400,30 @@ def step_kernel(
                 all_modes = (decay_mode, adam_eps, amsgrad)
                 low, high = rounding_key(tl.load(row + 10), step)
                 rounding = (low + start.to(tl.uint32), high, master_address != 0, rounds_params != 0)
+                stamp = (saturation + tl.cast(chunk, tl.int64) * 4).to(tl.pointer_type(tl.uint32))
+                saturated = False
+                if saturation != 0:
+                    saturated = tl.load(stamp) == _saturation_stamp(step, shift)
                 sampled = False
                 if STATISTICS:
                     sampled = _is_sampled(index)
                 if sampled:
                     record = statistics + tl.cast(chunk, tl.int64) * (4 * RECORD)
                     _step_and_tell(
-                        *(operands, begin, end, aligned, coefficients, all_modes, rounding, record),
+                        *(operands, begin, end, aligned, coefficients, all_modes, rounding, saturated, record),
                         *(LAPROP, T, PARAM, GRAD, STATE, BLOCK),
                     )
                 else:
                     _step_chunk(
-                        *(operands, begin, end, aligned, coefficients, all_modes, rounding),
+                        *(operands, begin, end, aligned, coefficients, all_modes, rounding, saturated),
                         *(LAPROP, T, PARAM, GRAD, STATE, BLOCK),
                     )
+                if saturation != 0:
+                    # All threads have read the stamp and written their w.
+                    tl.debug_barrier()
+                    if (step % SEARCHES == 0) & (saturated == 0):
+                        saturated = _all_ones(weight_sum_address + start * state_bytes, begin, end, STATE, BLOCK)
+                    tl.store(stamp, tl.where(saturated, _saturation_stamp(step + 1, shift), 0))
 
         # 3. The last program to get here advances the step counts, when no other will read them any more. The barrier
         # has all threads of this one past their reading.

@@ -34,6 +34,7 @@ struct TensorStep {
   Coefficients<float> single;  // the one that belongs to the arithmetic is set
   Coefficients<double> twice;
   StatisticsSums<float>* statistics;  // the record of its first chunk; null: none are taken
+  uint32_t* saturation;               // the stamp of its first chunk, see Note [Saturated chunks]; null: none
   uint64_t rounding_key;              // of what is rounded stochastically
   bool rounds_param;                  // stochastically, if it is kBFloat16 and without master
   int64_t step;                       // with this one
@@ -41,7 +42,7 @@ struct TensorStep {
 
 struct Kernels {
   const char* capability;
-  // Updates the elements begin <= i < end; where statistics are taken, these are whole chunks.
+  // Updates the elements begin <= i < end, which are whole chunks.
   void (*step)(const TensorStep& tensor, int64_t begin, int64_t end);
   // Updates nothing and sums the squares of the elements begin <= i < end, one chunk, and of what a step would
   // subtract.

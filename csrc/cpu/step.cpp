@@ -17,19 +17,15 @@ namespace {
 
 // Elements below which a thread is not worth waking.
 constexpr int64_t kGrain = 32768;
-// Threads divide a tensor at multiples of this, so that no two write to one cache line of an aligned tensor. Where
-// statistics are taken, they divide it by chunks.
-constexpr int64_t kSplit = 64;
-
-// All tensors of a step as one row of elements: tensors[i] has those from ends[i-1] to ends[i].
+// All tensors of a step as one row of elements: tensors[i] has those from ends[i-1] to ends[i]. Threads divide a tensor
+// by chunks.
 struct Work {
   std::vector<TensorStep> tensors;
   std::vector<size_t> params;  // of each its index in the lists: those without elements are left out
   std::vector<int64_t> ends;
   std::vector<FlatOperands> operands;
-  int64_t split;
 
-  Work(size_t count, int64_t split) : split(split) {
+  explicit Work(size_t count) {
     tensors.reserve(count);
     params.reserve(count);
     ends.reserve(count);
@@ -47,7 +43,9 @@ struct Work {
       if (start >= end) {
         break;
       }
-      const auto snap = [&](int64_t at) { return at >= ends[i] ? ends[i] - start : (at - start) / split * split; };
+      const auto snap = [&](int64_t at) {
+        return at >= ends[i] ? ends[i] - start : (at - start) / kStepChunk * kStepChunk;
+      };
       const int64_t from = begin <= start ? 0 : snap(begin), to = snap(end);
       if (from < to) {
         step(tensors[i], from, to);
@@ -63,9 +61,10 @@ Work prepare(const StepArguments& a) {
   const double max_norm = a.grad_norm ? a.max_grad_norm : -1;
   const double* ratios = a.trust_ratios ? static_cast<const double*>(a.trust_ratios->const_data_ptr()) : nullptr;
   auto* statistics = a.statistics ? static_cast<StatisticsSums<float>*>(a.statistics->mutable_data_ptr()) : nullptr;
+  auto* saturation = a.saturation ? static_cast<uint32_t*>(a.saturation->mutable_data_ptr()) : nullptr;
   const bool written = !a.update_norms;
 
-  Work work(a.params.size(), statistics == nullptr ? kSplit : kStepChunk);
+  Work work(a.params.size());
   size_t next_max = 0;
   for (size_t g = 0, i = 0; g < a.group_sizes.size(); ++g) {
     auto single = a.hyperparameters<float>(g);
@@ -113,6 +112,11 @@ Work prepare(const StepArguments& a) {
       }
       t.statistics = statistics;
       statistics += statistics == nullptr ? 0 : chunks_of(count);
+      t.saturation = saturation;
+      saturation += saturation == nullptr ? 0 : chunks_of(count);
+      if (t.saturation != nullptr && t.weight_sum != a.weight_sums[i].const_data_ptr()) {
+        std::fill_n(std::exchange(t.saturation, nullptr), chunks_of(count), 0);  // a copy has other chunks
+      }
       work.tensors.push_back(t);
       work.params.push_back(i);
       work.ends.push_back(work.total() + count);
@@ -166,7 +170,7 @@ void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
           std::vector<int64_t> maximize, std::vector<int64_t> adam_eps, std::vector<int64_t> stochastic_rounding,
           std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf, std::optional<Tensor> grad_norm,
           double max_grad_norm, std::optional<Tensor> trust_ratios, std::vector<int64_t> rounding_keys,
-          std::optional<Tensor> statistics, std::optional<Tensor> update_norms) {
+          std::optional<Tensor> statistics, std::optional<Tensor> update_norms, std::optional<Tensor> saturation) {
   const StepArguments arguments{std::move(params),
                                 std::move(grads),
                                 std::move(exp_avgs),
@@ -197,7 +201,8 @@ void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
                                 std::move(trust_ratios),
                                 std::move(rounding_keys),
                                 std::move(statistics),
-                                std::move(update_norms)};
+                                std::move(update_norms),
+                                std::move(saturation)};
   arguments.check();
   if (arguments.found_inf && scalar_value(*arguments.found_inf, "found_inf") != 0) {
     return;  // the gradients overflowed: neither parameters, nor state, nor step counts move

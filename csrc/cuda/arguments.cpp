@@ -34,6 +34,7 @@ void fill(StepLaunch<T>& launch, const StepInput& input) {
   launch.grad_norm = pointer<const T>(input.grad_norm);
   launch.trust_ratios = pointer<const T>(input.trust_ratios);
   launch.statistics = pointer<StatisticsSums<float>>(input.statistics);
+  launch.saturation = pointer<uint32_t>(input.saturation);
   launch.squares = pointer<UpdateSquares<T>>(input.squares);
   launch.norms = pointer<T>(input.norms);
   launch.max_grad_norm = static_cast<T>(input.max_grad_norm);

@@ -21,7 +21,7 @@ struct StepInput {
   int64_t param_dtype, grad_dtype, state_dtype;
   uint64_t rows, chunk_rows;
   int64_t chunks;
-  uint64_t ticket, grad_scale, found_inf, grad_norm, trust_ratios, statistics, squares, norms;
+  uint64_t ticket, grad_scale, found_inf, grad_norm, trust_ratios, statistics, saturation, squares, norms;
   double max_grad_norm;
   const PackedGroup* groups = nullptr;
   int64_t group_count = 0;

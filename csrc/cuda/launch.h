@@ -63,6 +63,7 @@ struct StepLaunch {
   const T* grad_norm;                 // null: no clip
   const T* trust_ratios;              // for each row what its learning rate is multiplied by; null: 1
   StatisticsSums<float>* statistics;  // for each chunk; null: none are taken
+  uint32_t* saturation;               // for each chunk its stamp, see Note [Saturated chunks]; null: none
   UpdateSquares<T>* squares;          // for each chunk, where the kernels of update_norm.cuh
   T* norms;                           // leave two for each row, the parameter's and its update's
   T max_grad_norm;

@@ -111,18 +111,18 @@ struct ParsedStep {
 
   bool parse(PyObject* launched) {
     int param, grad, state;
-    unsigned long long rows, chunk_rows, ticket, grad_scale, found_inf, grad_norm, trust_ratios, statistics, squares,
-        norms;
+    unsigned long long rows, chunk_rows, ticket, grad_scale, found_inf, grad_norm, trust_ratios, statistics, saturation,
+        squares, norms;
     long long chunks;
     double max_grad_norm;
     PyObject *groups, *grads;
-    if (!PyArg_ParseTuple(launched, "iKiiipKKLKSSKKKKKKKd", &device, &stream, &param, &grad, &state, &laprop, &rows,
+    if (!PyArg_ParseTuple(launched, "iKiiipKKLKSSKKKKKKKKd", &device, &stream, &param, &grad, &state, &laprop, &rows,
                           &chunk_rows, &chunks, &ticket, &groups, &grads, &grad_scale, &found_inf, &grad_norm,
-                          &trust_ratios, &statistics, &squares, &norms, &max_grad_norm)) {
+                          &trust_ratios, &statistics, &saturation, &squares, &norms, &max_grad_norm)) {
       return false;
     }
-    input = {param,     grad,      state,        rows,       chunk_rows, chunks, ticket,       grad_scale,
-             found_inf, grad_norm, trust_ratios, statistics, squares,    norms,  max_grad_norm};
+    input = {param,     grad,      state,        rows,       chunk_rows, chunks,  ticket, grad_scale,
+             found_inf, grad_norm, trust_ratios, statistics, saturation, squares, norms,  max_grad_norm};
     input.groups = items_of<PackedGroup>(groups, input.group_count);
     input.grads = items_of<uint64_t>(grads, input.tensors);
     return true;

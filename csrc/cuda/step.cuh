@@ -19,6 +19,7 @@
 #include "float16.h"
 #include "master.h"
 #include "rounding.h"
+#include "saturation.h"
 
 namespace maxva::cuda {
 
@@ -111,6 +112,14 @@ __device__ __forceinline__ float opened(BFloat16& stored) {
 }
 
 template <int kCount, typename Stored>
+__device__ __forceinline__ void fill_ones(Stored (&values)[kCount]) {
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    values[k] = one<Stored>();
+  }
+}
+
+template <int kCount, typename Stored>
 __device__ __forceinline__ bool all_ones(const Stored (&values)[kCount]) {
   bool every = true;
 #pragma unroll
@@ -152,12 +161,21 @@ struct Common {
   Coefficients<T> coefficients;
   RoundingKey key;  // of what is rounded stochastically
   bool rounds_param;
+  int64_t step;    // with this one
+  uint32_t stamp;  // of the chunk, see Note [Saturated chunks]
 };
 
-// Steps one chunk of one tensor. With kStatistics it tells what this thread did there.
+// What a thread did in a chunk.
+template <typename T>
+struct Done {
+  StatisticsSums<T> sums;  // if they are taken
+  uint32_t stamp;          // what the chunk's becomes, if all threads say so; else it becomes 0
+};
+
+// Steps one chunk of one tensor.
 template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, typename State, bool kStatistics>
-__device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, const Grad* grad, int64_t chunk,
-                                                        const Common<T>& common, const Modes modes) {
+__device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* grad, int64_t chunk,
+                                              const Common<T>& common, const Modes modes) {
   constexpr bool kRounds = !std::is_same_v<State, T>;
   constexpr bool kMayHaveMaster = std::is_same_v<Param, BFloat16>;
   constexpr bool kNarrowState = sizeof(State) <= sizeof(Param) && sizeof(State) <= sizeof(Grad);
@@ -189,12 +207,14 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
   State* const max_denoms = static_cast<State*>(row.max_denom) + start;
   int16_t* const rests = row.master + start;
   const bool has_master = kMayHaveMaster && row.master != nullptr;
+  const bool known_saturated = common.stamp == saturation_stamp(common.step, shift);
 
   Place at;
   at.begin = chunk == 0 ? shift : 0;
   at.end = is_last ? int(row.numel - start) : int(kStepChunk);
   at.spacing = packets ? 1 : kStepThreads;
   StatisticsSums<T> sums{};
+  bool all_saturated = true;
   for (at.first = threadIdx.x * (packets ? kWidth : 1); at.first < at.end; at.first += kStepThreads * kWidth) {
     at.whole = packets && at.first >= at.begin && at.first + kWidth <= at.end;
 
@@ -215,8 +235,12 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
       at.load(exp_avgs, from, exp_avg);
       at.load(grad_means, from, grad_mean);
       at.load(grad_vars, from, grad_var);
-      at.load(weight_sums, from, weight_sum);
+      fill_ones(weight_sum);
+      if (!known_saturated) {
+        at.load(weight_sums, from, weight_sum);
+      }
       const bool saturated = all_ones(weight_sum);
+      all_saturated = all_saturated && saturated;
       if (modes.amsgrad) {
         at.load(max_denoms, from, max_denom);
       }
@@ -269,7 +293,7 @@ __device__ __forceinline__ StatisticsSums<T> step_chunk(const StepRow& row, cons
     }
   }
   sums.count = at.end - at.begin;
-  return sums;
+  return {sums, all_saturated ? saturation_stamp(common.step + 1, shift) : 0};
 }
 
 // What a tensor's elements share. The gradient's factor and the step count are read here, on the device, so that no
@@ -331,10 +355,11 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State>)
     }
     const StepRow row = launch.rows[tensor];
     const StepGroup<T>& group = launch.groups[row.group];
-    __syncthreads();  // the last chunk's are no longer read
     if (threadIdx.x == 0) {
       const int64_t step = *in_global_memory(row.step) + 1;
       common.coefficients = read_coefficients(launch, group, tensor, step);
+      common.step = step;
+      common.stamp = launch.saturation == nullptr ? 0 : *in_global_memory(launch.saturation + chunk);
       if constexpr (!std::is_same_v<State, T> || std::is_same_v<Param, BFloat16>) {
         common.key = rounding_key(row.rounding_key, step);
         common.rounds_param = group.rounds_params;
@@ -343,12 +368,15 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State>)
     __syncthreads();
     const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr};
     const int64_t index = chunk - row.first_chunk;
-    const StatisticsSums<T> sums =
-        step_chunk<kAlgorithm, T, Param, Grad, State, kStatistics>(row, grad, index, common, modes);
+    const Done<T> done = step_chunk<kAlgorithm, T, Param, Grad, State, kStatistics>(row, grad, index, common, modes);
     if constexpr (kStatistics) {
       if (is_sampled(index)) {
-        write_record(sums, launch.statistics + chunk);
+        write_record(done.sums, launch.statistics + chunk);
       }
+    }
+    const bool saturated = __syncthreads_and(done.stamp != 0);  // from here on the chunk's common is no longer read
+    if (threadIdx.x == 0 && launch.saturation != nullptr) {
+      *in_global_memory(launch.saturation + chunk) = saturated ? done.stamp : 0;
     }
   }
   // 3. Count the step.

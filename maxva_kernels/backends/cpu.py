@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _ops, build_record, checks
 from ..groups import Group, Scaling, joined, with_gradients
+from ..saturation import Saturation
 from ..statistics import Recorder
 
 NAME = "cpu"
@@ -41,10 +42,16 @@ def update_norms(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Ten
         raise
 
 
-def step(groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Recorder | None = None) -> None:
+def step(
+    groups: Sequence[Group],
+    laprop: bool,
+    scaling: Scaling,
+    recorder: Recorder | None = None,
+    saturation: Saturation | None = None,
+) -> None:
     groups = with_gradients(groups)
     try:
-        _ops.call_step(groups, laprop, scaling, recorder=recorder)
+        _ops.call_step(groups, laprop, scaling, recorder=recorder, saturation=saturation)
     except NotImplementedError:  # from the dispatcher, whose message names no tensor
         checks.check_groups(groups)
         raise

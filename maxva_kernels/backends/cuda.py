@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _ops, build_record, gpu
 from ..groups import Group, Scaling, with_gradients
+from ..saturation import Saturation
 from ..statistics import Recorder
 
 NAME = "cuda"
@@ -63,8 +64,14 @@ def update_norms(groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Ten
     return gpu.update_norms(_launcher(), groups, laprop, scaling)
 
 
-def step(groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Recorder | None = None) -> None:
+def step(
+    groups: Sequence[Group],
+    laprop: bool,
+    scaling: Scaling,
+    recorder: Recorder | None = None,
+    saturation: Saturation | None = None,
+) -> None:
     if torch.compiler.is_compiling():
         _ops.call_step(with_gradients(groups), laprop, scaling, recorder=recorder)
     else:
-        gpu.step(_launcher(), groups, laprop, scaling, recorder)
+        gpu.step(_launcher(), groups, laprop, scaling, recorder, saturation)

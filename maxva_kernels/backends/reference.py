@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import checks, layouts, master, reference, rounding
 from ..groups import Group, Scaling, with_gradients
+from ..saturation import Saturation
 from ..statistics import CHUNK, FIELDS, Recorder, is_sampled
 
 NAME = "reference"
@@ -32,7 +33,13 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     return torch.where(finite, norm.clamp(max=torch.finfo(dtype).max), norm).to(dtype)
 
 
-def step(groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Recorder | None = None) -> None:
+def step(
+    groups: Sequence[Group],
+    laprop: bool,
+    scaling: Scaling,
+    recorder: Recorder | None = None,
+    saturation: Saturation | None = None,
+) -> None:
     groups = with_gradients(groups)
     checks.check_groups(groups)
     checks.check_scaling(scaling)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..groups import Group, Scaling
+from ..saturation import Saturation
 from ..statistics import Recorder
 from . import cpu, cuda, reference, triton
 
@@ -21,7 +22,12 @@ class Backend(Protocol):
     def why_not(self, device: torch.device) -> str | None: ...
 
     def step(
-        self, groups: Sequence[Group], laprop: bool, scaling: Scaling, recorder: Recorder | None = None
+        self,
+        groups: Sequence[Group],
+        laprop: bool,
+        scaling: Scaling,
+        recorder: Recorder | None = None,
+        saturation: Saturation | None = None,
     ) -> None: ...
 
     def update_norms(self, groups: Sequence[Group], laprop: bool, scaling: Scaling) -> Tensor: ...
