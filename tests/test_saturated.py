@@ -177,8 +177,11 @@ def changed_through_a_view(optimizer):
 
 
 def replaced(optimizer):
+    """By a tensor that was written as often."""
     for state in optimizer.state.values():
-        state["weight_sum"] = torch.full_like(state["weight_sum"], 0.75)
+        old = state["weight_sum"]
+        state["weight_sum"] = torch.full_like(old, 0.5).add_(0.25)
+        assert state["weight_sum"]._version == old._version
 
 
 def rewound_invisibly(optimizer):
@@ -267,6 +270,7 @@ def test_chunks_are_cut_where_packets_begin(simulated):
     (param,) = params_of(optimizer)
     state = optimizer.state[param]
     state["weight_sum"][8190] = 0.75
+    state["step"].fill_(15)
     twin = reading(optimizer)
     twin.backend = "cpu"
     for step, shift in enumerate((0, 3, 0, 2, 1)):
