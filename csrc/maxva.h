@@ -48,6 +48,7 @@ struct Modes {
   EpsMode eps;
   WeightDecay decay;
   bool amsgrad;
+  bool saturated;  // w is 1, which saves a division and a square root and changes no bit
 };
 
 // What a parameter group fixes, in the arithmetic's type T (float; double for float64 parameters).
@@ -169,25 +170,28 @@ MAXVA_FN T flush_subnormal(T x) {
 
 // One MaxVA update of the centred moments (Eq. 6 and lines 7 to 11 of Algorithm 1; see Note [Centred moments]).
 // w == 0 marks a coordinate before its first gradient, whose weight is Eq. 7's.
-// Returns b = 1 - beta.
+// Where w is 1 it stays so. Returns b = 1 - beta.
 template <typename T>
-MAXVA_FN T update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c) {
+MAXVA_FN T update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c, const bool saturated) {
   const T d = g - u;
   const T r = d * d;
   // b = 1 - beta. A NaN (r = s = 0) takes the bound that is compared first.
-  const T rise = (r - s) * w;
+  const T rise = saturated ? r - s : (r - s) * w;
   T b = rise / ((r + s) + rise);
   b = b > c.one_minus_beta_upper ? b : c.one_minus_beta_upper;
   b = b < c.one_minus_beta_lower ? b : c.one_minus_beta_lower;
-  b = w == T(0) ? c.first_weight : b;
-  w = w + b * (T(1) - w);
-  const T q = b / w;
+  T q = b;
+  if (!saturated) {
+    b = w == T(0) ? c.first_weight : b;
+    w = w + b * (T(1) - w);
+    q = b / w;
+    w = T(1) - w <= c.saturation ? T(1) : w;
+  }
   const T p = T(1) - q;
   const T e = q * d;
   u = flush_subnormal(u + e);
   const T variance = p * s + (p * e) * d;  // in this order q = 0 or p = 0 wins over a square that overflows
   s = variance < std::numeric_limits<T>::min() ? T(0) : variance;  // flush_subnormal of what is not negative
-  w = T(1) - w <= c.saturation ? T(1) : w;
   return b;
 }
 
@@ -209,7 +213,7 @@ MAXVA_FN Update<T> update(const T p, T g, T& m, T& u, T& s, T& w, T& x, const Co
   if (modes.decay == WeightDecay::kL2) {
     g = g + c.decay * p;
   }
-  result.one_minus_beta = update_moments(g, u, s, w, c);
+  result.one_minus_beta = update_moments(g, u, s, w, c, modes.saturated);
 
   T root_v = std::sqrt(s + u * u);
   if (modes.amsgrad) {
@@ -217,7 +221,7 @@ MAXVA_FN Update<T> update(const T p, T g, T& m, T& u, T& s, T& w, T& x, const Co
     x = root_v;
   }
   // sqrt(w) y / (sqrt(v~) + eps) with v~ = w v, or y / (sqrt(v) + eps)
-  const T root_w = modes.eps == EpsMode::kPaper ? std::sqrt(w) : T(1);
+  const T root_w = modes.eps == EpsMode::kPaper && !modes.saturated ? std::sqrt(w) : T(1);
   const auto normalise = [&](T y) { return (root_w * y) / (root_w * root_v + c.eps); };
   T direction;
   if constexpr (kAlgorithm == Algorithm::kMAdam) {

@@ -366,7 +366,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State>)
       }
     }
     __syncthreads();
-    const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr};
+    const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr, false};
     const int64_t index = chunk - row.first_chunk;
     const Done<T> done = step_chunk<kAlgorithm, T, Param, Grad, State, kStatistics>(row, grad, index, common, modes);
     if constexpr (kStatistics) {

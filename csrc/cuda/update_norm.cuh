@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
       shared = read_coefficients(launch, at_rate_1, tensor, *in_global_memory(row.step) + 1);
     }
     __syncthreads();
-    const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr};
+    const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr, false};
     const int64_t begin = (chunk - row.first_chunk) * kStepChunk;
     const int count = int(row.numel - begin < kStepChunk ? row.numel - begin : kStepChunk);
 
