@@ -7,7 +7,8 @@
 // So a stamp is good for a single step, which it names and which renews it: whoever puts another w there puts another
 // count of steps beside it. Who changes w alone is known by torch's counters of versions (maxva_kernels/saturation.py).
 // On a GPU chunks are cut a little early in tensors that begin within a packet, by a shift that the gradient's address
-// has a part in; a stamp names that too.
+// has a part in; a stamp names that too. And there, whether all are 1 is not followed through the update, which has no
+// register to spare for it: in one of kSearches steps a chunk without a stamp is read again.
 #pragma once
 
 #include "maxva.h"
@@ -18,5 +19,7 @@ namespace maxva {
 MAXVA_FN uint32_t saturation_stamp(int64_t step, int shift) {
   return static_cast<uint32_t>(step) * 8 + static_cast<uint32_t>(shift);
 }
+
+constexpr int kSearches = 16;
 
 }  // namespace maxva

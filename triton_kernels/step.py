@@ -14,7 +14,7 @@ GROUP_VALUES = tl.constexpr(10)
 GROUP_INTEGERS = tl.constexpr(6)
 # Numbers of a chunk's statistics (maxva_kernels/statistics.py, FIELDS).
 RECORD = tl.constexpr(6)
-# In one of so many steps a chunk that is not known to be saturated is searched for w that are not 1.
+# In one of so many steps a chunk without stamp is searched for w that are not 1 (csrc/saturation.h, kSearches).
 SEARCHES = tl.constexpr(16)
 
 

@@ -163,14 +163,26 @@ struct Common {
   bool rounds_param;
   int64_t step;    // with this one
   uint32_t stamp;  // of the chunk, see Note [Saturated chunks]
+  bool searches;   // whether a chunk without stamp is to be looked through for w that are not 1
 };
 
-// What a thread did in a chunk.
+// What came of a chunk.
 template <typename T>
 struct Done {
-  StatisticsSums<T> sums;  // if they are taken
-  uint32_t stamp;          // what the chunk's becomes, if all threads say so; else it becomes 0
+  StatisticsSums<T> sums;  // of this thread, if they are taken
+  uint32_t stamp;          // the chunk's for the next step
 };
+
+// Whether all w from `begin` to `end` are 1. All threads of the block take part.
+template <typename State>
+__device__ __forceinline__ bool is_saturated(const State* weight_sums, int begin, int end) {
+  __syncthreads();  // what others of them have just written
+  bool every = true;
+  for (int i = begin + threadIdx.x; i < end; i += kStepThreads) {
+    every = every && is_one(*in_global_memory(weight_sums + i));
+  }
+  return __syncthreads_and(every);
+}
 
 // Steps one chunk of one tensor.
 template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, typename State, bool kStatistics>
@@ -214,7 +226,6 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   at.end = is_last ? int(row.numel - start) : int(kStepChunk);
   at.spacing = packets ? 1 : kStepThreads;
   StatisticsSums<T> sums{};
-  bool all_saturated = true;
   for (at.first = threadIdx.x * (packets ? kWidth : 1); at.first < at.end; at.first += kStepThreads * kWidth) {
     at.whole = packets && at.first >= at.begin && at.first + kWidth <= at.end;
 
@@ -240,7 +251,6 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
         at.load(weight_sums, from, weight_sum);
       }
       const bool saturated = all_ones(weight_sum);
-      all_saturated = all_saturated && saturated;
       if (modes.amsgrad) {
         at.load(max_denoms, from, max_denom);
       }
@@ -293,7 +303,10 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
     }
   }
   sums.count = at.end - at.begin;
-  return {sums, all_saturated ? saturation_stamp(common.step + 1, shift) : 0};
+
+  // 5. Can the next step leave w alone?
+  const bool saturated = known_saturated || (common.searches && is_saturated(weight_sums, at.begin, at.end));
+  return {sums, saturated ? saturation_stamp(common.step + 1, shift) : 0};
 }
 
 // What a tensor's elements share. The gradient's factor and the step count are read here, on the device, so that no
@@ -360,6 +373,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State>)
       common.coefficients = read_coefficients(launch, group, tensor, step);
       common.step = step;
       common.stamp = launch.saturation == nullptr ? 0 : *in_global_memory(launch.saturation + chunk);
+      common.searches = launch.saturation != nullptr && step % kSearches == 0;
       if constexpr (!std::is_same_v<State, T> || std::is_same_v<Param, BFloat16>) {
         common.key = rounding_key(row.rounding_key, step);
         common.rounds_param = group.rounds_params;
@@ -374,9 +388,9 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State>)
         write_record(done.sums, launch.statistics + chunk);
       }
     }
-    const bool saturated = __syncthreads_and(done.stamp != 0);  // from here on the chunk's common is no longer read
+    __syncthreads();  // from here on the chunk's common is no longer read
     if (threadIdx.x == 0 && launch.saturation != nullptr) {
-      *in_global_memory(launch.saturation + chunk) = saturated ? done.stamp : 0;
+      *in_global_memory(launch.saturation + chunk) = done.stamp;
     }
   }
   // 3. Count the step.
