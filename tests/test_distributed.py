@@ -312,6 +312,25 @@ def test_compiled_step_among_ranks(zero, pools):
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
+def saturated_shards() -> tuple[torch.Tensor, list[int]]:
+    """The stamps of a rank's chunks, and the step that they are good for."""
+    model = engines.shard(engines.make_model(torch.float32))
+    optimizer = engines.make_optimizer("MAdam", model)
+    for step in range(4):
+        engines.train_step(model, optimizer, step, engines.my_rows())
+        for state in optimizer.state.values() if step == 1 else ():
+            state["weight_sum"].to_local().fill_(1)
+    (part,) = optimizer._saturation._parts
+    return part.stamps, [8 * (int(state["step"]) + 1) for state in optimizer.state.values()]
+
+
+def test_shards_keep_their_stamps(pools):
+    """Guards what tells that w need not be read: it is about the tensors in DTensors, which must stay the same ones."""
+    for stamps, expected in pools(2)(saturated_shards):
+        assert len(set(expected)) == 1
+        assert set(stamps.tolist()) == set(expected)
+
+
 def refusal(kind: str) -> str:
     """The message of a step, or of what leads to it, that cannot be right."""
     mesh = init_device_mesh("cpu", (2,))

@@ -24,6 +24,7 @@ from stepbench.contenders import (
     bandwidths,
     bytes_of,
     make_params,
+    saturate,
     traffic,
 )
 
@@ -38,13 +39,15 @@ def ours(
     shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device, *, reference: bool
 ) -> list[Contender]:
     """MAdam and LaMAdam by every GPU backend that can run, each with and without clipping, with state in 16 bits, and
-    with what keeps the updates of bfloat16 parameters; and the eager reference."""
+    with what keeps the updates of bfloat16 parameters; MAdam with w at 1; and the eager reference."""
     contenders = []
     backends = [name for name in ("cuda", "triton") if registry.why_not(name, device) is None]
     narrow = {"bfloat16 state": {"state_dtype": torch.bfloat16}}
     if dtype == torch.bfloat16:
         narrow |= {"master weights": {"master_weights": True}, "stochastic rounding": {"stochastic_rounding": True}}
-    for algorithm, (kind, extra) in itertools.product((MAdam, LaMAdam), [("", {}), *narrow.items()]):
+    variants = list(itertools.product((MAdam, LaMAdam), [("", {}), *narrow.items()]))
+    variants += [(MAdam, ("saturated", {})), (MAdam, ("bfloat16 state, saturated", narrow["bfloat16 state"]))]
+    for algorithm, (kind, extra) in variants:
         params = make_params(shapes, dtype, device)
         optimizer = algorithm(params, **OPTIONS, **extra)
 
@@ -54,6 +57,8 @@ def ours(
 
         step(backends[0], None)
         moved, tensors = traffic(params, optimizer)
+        if "saturated" in kind:
+            moved -= saturate(optimizer)
         grads = bytes_of([param.grad for param in params])
         clips: dict[str, float | None] = {f", {kind}": None} if kind else {"": None, ", clipped": 1.0}
         for backend in backends:

@@ -72,6 +72,7 @@ FEATURES = {
     "clip": {"max_grad_norm": 1.0},
     "statistics": {"collect_statistics": True},
     "trust ratio": {"trust_ratio": True},
+    "saturated": {"saturated": True},
     "bfloat16 state": {"state_dtype": "bfloat16"},
     "bfloat16 state, saturated": {"state_dtype": "bfloat16", "saturated": True},
 }
@@ -133,6 +134,17 @@ def traffic(params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimiz
     return 2 * written + read, written + read
 
 
+def saturate(optimizer: torch.optim.Optimizer) -> int:
+    """Has MAdam find that all its w are 1, as after some thousand steps; the bytes that a step then leaves alone."""
+    weight_sums = []
+    for state in optimizer.state.values():
+        if "weight_sum" in state:
+            weight_sums.append(state["weight_sum"].fill_(1))
+            state["step"].fill_(15)  # the kernels of a GPU look in one step of 16
+    optimizer.step()
+    return 2 * bytes_of(weight_sums)
+
+
 def clipping_bytes(params: Params) -> int:
     """Of `clip_grad_norm_`, which reads all gradients for the norm, then reads and writes them."""
     return 3 * bytes_of([param.grad for param in params])
@@ -151,12 +163,12 @@ def taking_turns(name: str, make: Make, sets: Sequence[Params], options: Options
         return clipped if outside else optimizer.step
 
     steps = [stepper(*pair) for pair in zip(sets, optimizers, strict=True)]
-    for step, optimizer in zip(steps, optimizers, strict=True):
+    for step in steps:
         step()
-        for state in optimizer.state.values() if options.saturated else ():
-            if "weight_sum" in state:
-                state["weight_sum"].fill_(1)
     moved, tensors = traffic(sets[0], optimizers[0])
+    if options.saturated:
+        (saved, *_) = map(saturate, optimizers)
+        moved -= saved
     if options.max_grad_norm is not None:
         moved += clipping_bytes(sets[0]) if outside else bytes_of([param.grad for param in sets[0]])  # for the norm
     if options.trust_ratio and hasattr(optimizers[0], "statistics"):
