@@ -20,6 +20,7 @@ MAXVA_FN uint32_t saturation_stamp(int64_t step, int shift) {
   return static_cast<uint32_t>(step) * 8 + static_cast<uint32_t>(shift);
 }
 
+// A GPU looks for chunks that have become saturated in one of so many steps.
 constexpr int kSearches = 16;
 
 }  // namespace maxva

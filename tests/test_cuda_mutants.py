@@ -80,6 +80,21 @@ SCALED: Groups = [
 ]
 FEW: Groups = [({"maximize": True}, [(60, 0)]), (L2_MAX, [(9, 1)])]
 FAR: Groups = [(L2_MAX, [(CHUNK + 45, 0)])]
+# For these, of each tensor the count of its steps, its w, and of each chunk what its stamp is too much; None: 0.
+ONES: Groups = [
+    ({}, [(CHUNK + 45, 3), (60, 0), (30, 0), (90, 1)]),
+    (L2_MAX, [(CHUNK + 45, 0), (50, 2), (40, 0), (21, 1)]),
+]
+STAMPS: list[tuple[int, float, tuple[int | None, ...]]] = [
+    (0, 1.0, (0, -3)),  # as of a chunk without shift
+    (15, 1.0, (None,)),  # is searched
+    (6, 1.0, (8,)),  # for the next step
+    (31, 0.5, (-8,)),  # for the last one; searched in vain
+    (15, 1.0, (0, 1)),
+    (2**33 + 1, 1.0, (0,)),
+    (14, 0.5, (None,)),
+    (16, 1.0, (None,)),  # would be searched one step earlier, or later
+]
 MANY: Groups = [({}, [(0, None if i % 5 == 3 else 0) for i in range(2100)])]
 
 
@@ -98,8 +113,10 @@ class Scenario:
         rates_by_address: bool = False,
         one_by_one: bool = False,
         skipped: int = 0,
+        stamps: list[tuple[int, float, tuple[int | None, ...]]] | None = None,
     ) -> None:
-        """one_by_one: the blocks. skipped: chunks before those of the (one) tensor."""
+        """one_by_one: the blocks. skipped: chunks before those of the (one) tensor. stamps: as STAMPS, or there are
+        none."""
         self.scaling, self.one_by_one = scaling, one_by_one
         self.variant, (self.param_dtype, self.grad_dtype, self.laprop) = variant, variant
         self.generator = torch.Generator().manual_seed(0)
@@ -107,6 +124,10 @@ class Scenario:
             Group(Hyperparameters(**{**BASE, **options}), self._tensors(tensors, options))
             for options, tensors in groups
         ]
+        self.stamps = self.stamps_before = self.stamps_after = torch.zeros(0, dtype=torch.int32)
+        self.reads_of_w: dict[str, list[tuple[int, int]]] = {}  # by buffer: (elements, how often each is read)
+        if stamps is not None:
+            self._stamp(stamps)
         everything = [t for group in self.groups for name in LISTS for t in getattr(group.tensors, name)]
         self.memory = [tensor for tensor in everything if tensor is not None and tensor.numel()]
         self.before = [tensor.clone() for tensor in self.memory]
@@ -129,6 +150,27 @@ class Scenario:
                 lists.grads[-1] = None
             lists.steps.append(torch.tensor(STEPS[i % len(STEPS)]))
         return lists
+
+    def _stamp(self, stamps: list[tuple[int, float, tuple[int | None, ...]]]) -> None:
+        before, after = [], []
+        lists = [group.tensors for group in self.groups]
+        tensors = [pair for each in lists for pair in zip(each.weight_sums, each.steps, strict=True)]
+        for i, ((weight_sum, step), (count, value, excesses)) in enumerate(zip(tensors, stamps, strict=True)):
+            weight_sum.fill_(value)
+            step.fill_(count)
+            shift, reads = weight_sum.storage_offset(), []
+            right = 8 * (count + 1) + shift
+            for chunk, excess in enumerate(excesses):
+                known, searched = excess == 0, excess != 0 and (count + 1) % 16 == 0
+                before.append(0 if excess is None else right + excess)
+                after.append(right + 8 if known or (searched and value == 1) else 0)
+                begin, end = (max(0, (chunk + later) * CHUNK - shift) for later in (0, 1))
+                reads.append((min(end, weight_sum.numel()) - begin, 0 if known else 1 + searched))
+            self.reads_of_w[f"weight_sum{i}"] = reads
+        self.stamps_before, self.stamps_after = (
+            torch.tensor(each).to(torch.uint32).view(torch.int32) for each in (before, after)
+        )
+        self.stamps = self.stamps_before.clone()
 
     def _edges(self, name: str, numel: int) -> torch.Tensor:
         column = torch.tensor([edge[OPERANDS.index(name)] for edge in EDGES], dtype=torch.float64)
@@ -175,7 +217,8 @@ class Scenario:
             *(0, 0, *(gpu.DTYPE_CODES[d] for d in (self.param_dtype, self.grad_dtype, state_dtype)), self.laprop),
             *(segment.rows, segment.chunk_rows, segment.chunks, segment.ticket, packed, grads.tobytes()),
             *(0 if scalar is None else scalar.data_ptr() for scalar in scalars),
-            *(0 if ratios is None else ratios.data_ptr(), 0, 0, 0, 0),  # neither statistics nor stamps nor norms
+            *(0 if ratios is None else ratios.data_ptr(), 0),  # no statistics
+            *(self.stamps.data_ptr() if self.stamps.numel() else 0, 0, 0),  # no norms
             -1.0 if self.scaling.max_grad_norm is None else self.scaling.max_grad_norm,
         )
 
@@ -184,6 +227,7 @@ class Scenario:
         for tensor, value in zip(self.memory, self.before, strict=True):
             tensor.copy_(value)
         self.ticket.zero_()
+        self.stamps.copy_(self.stamps_before)
         launcher = SimulatedLauncher(blocks=3, track=True)
         launcher.replace_module, launcher.only, launcher.max_steps = mutant, self.only, 100_000
         if self.one_by_one:
@@ -191,6 +235,7 @@ class Scenario:
         launcher.step(self.launch)
         for tensor, value in zip(self.memory, self.after, strict=True):
             assert torch.equal(bits(tensor), value)
+        assert torch.equal(self.stamps, self.stamps_after)
         (launch,) = launcher.launches
         widths = [launch.stats.widths(kind) for kind in ("ld", "st", "atom")]
         self.widths = self.widths or widths  # the first is the kernel as it is
@@ -198,12 +243,17 @@ class Scenario:
         runs = self.scaling.found_inf is None or self.scaling.found_inf == 0
         for name, buffer in launch.buffers.items():
             kind = name.rstrip("0123456789") + "s"
-            if kind in OPERANDS:
+            if name in self.reads_of_w:
+                elements, reads = zip(*self.reads_of_w[name], strict=True)
+                expected = np.repeat(reads, np.array(elements) * 4)
+                assert (buffer.reads == expected).all()
+                assert (buffer.writes == (buffer.array.view(np.float32) != 1).repeat(4)).all()
+            elif kind in OPERANDS:
                 assert (buffer.reads == runs).all()
                 assert (buffer.writes == (runs and kind != "grads")).all()
             elif kind == "tickets":
                 assert (buffer.array == 0).all()
-            elif kind != "steps":
+            elif kind not in ("steps", "saturations"):
                 assert not buffer.writes.any()
 
 
@@ -216,6 +266,7 @@ def scenarios(variant: tuple[torch.dtype, torch.dtype, bool]) -> list[Scenario]:
         Scenario(variant, SMALL),
         Scenario(variant, SCALED, Scaling(scale, torch.tensor(0.0), norm, 0.7), rates_by_address=True, one_by_one=True),
         Scenario(variant, LARGE),
+        Scenario(variant, ONES, stamps=STAMPS),
         Scenario(variant, FEW, Scaling(trust_ratios=torch.tensor([0.5, 3.0], dtype=torch.float64))),
         Scenario(variant, FEW, Scaling(None, torch.tensor(2.0), None, None)),  # nothing may happen
         Scenario(variant, FEW, Scaling(None, None, norm, 0.0)),  # a clip to nothing
