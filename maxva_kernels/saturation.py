@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,17 +14,21 @@ from .statistics import chunks_of
 _version_of = attrgetter("_version")
 
 
-class _Part(NamedTuple):
-    """Stamps, and the tensors that they are about."""
+class _Part:
+    """Stamps, and the tensors that they are about.
 
-    stamps: Tensor
-    weight_sums: list[weakref.ref[Tensor]]  # weak: state that is replaced or moved must not be kept here
-    versions: list[int]
+    These are known by their ids as long as all of them live. They are not kept alive: state may be replaced or moved.
+    """
 
-    def is_about(self, weight_sums: Sequence[Tensor], versions: list[int]) -> bool:
-        return self.versions == versions and all(
-            ref() is tensor for ref, tensor in zip(self.weight_sums, weight_sums, strict=True)
-        )
+    def __init__(self, weight_sums: Sequence[Tensor], marks: tuple[object, ...]):
+        chunks = sum(chunks_of(tensor.numel()) for tensor in weight_sums)
+        self.stamps = torch.zeros(chunks, dtype=torch.int32, device=weight_sums[0].device)
+        self._marks = marks
+        self._dead: list[object] = []
+        self._living = [weakref.ref(tensor, self._dead.append) for tensor in weight_sums]
+
+    def has(self, marks: tuple[object, ...]) -> bool:
+        return not self._dead and self._marks == marks
 
 
 class Saturation:
@@ -52,9 +55,9 @@ class Saturation:
             versions = list(map(_version_of, weight_sums))
         except RuntimeError:
             return None
+        # Size and device, which assignment to `.data` changes, for the sake of the stamps' own memory.
+        marks = (weight_sums[0].device, versions, list(map(id, weight_sums)), list(map(Tensor.numel, weight_sums)))
         index, self._next = self._next, self._next + 1
-        if index == len(self._parts) or not self._parts[index].is_about(weight_sums, versions):
-            chunks = sum(chunks_of(tensor.numel()) for tensor in weight_sums)
-            stamps = torch.zeros(chunks, dtype=torch.int32, device=weight_sums[0].device)
-            self._parts[index : index + 1] = [_Part(stamps, list(map(weakref.ref, weight_sums)), versions)]
+        if index == len(self._parts) or not self._parts[index].has(marks):
+            self._parts[index : index + 1] = [_Part(weight_sums, marks)]
         return self._parts[index].stamps

@@ -213,6 +213,13 @@ def stepped_by_another_backend(optimizer):
     optimizer.backend = before
 
 
+def resized(optimizer):
+    """By assignment, which neither counters nor identity tell."""
+    for param, state in optimizer.state.items():
+        for tensor in (param, *(state[name] for name in MOMENTS)):
+            tensor.data = tensor.data.repeat(3)
+
+
 def joined_by_another(optimizer):
     optimizer.add_param_group({"params": make_params((9000,), device=params_of(optimizer)[0].device, seed=1)})
 
@@ -225,6 +232,7 @@ INTERVENTIONS = [
     went_on_elsewhere,
     loaded,
     stepped_by_another_backend,
+    resized,
     joined_by_another,
 ]
 
