@@ -328,6 +328,8 @@ def step_kernel(
     trust_ratios = trust_ratios.to(tl.int64)
     statistics = statistics.to(tl.int64)
     saturation = saturation.to(tl.int64)
+    # A step in float64 has no register left for stamps, and reads every w.
+    STAMPS: tl.constexpr = tl.float64 != T
     param_bytes: tl.constexpr = PARAM.primitive_bitwidth // 8
     grad_bytes: tl.constexpr = GRAD.primitive_bitwidth // 8
     state_bytes: tl.constexpr = STATE.primitive_bitwidth // 8
@@ -402,8 +404,9 @@ def step_kernel(
                 rounding = (low + start.to(tl.uint32), high, master_address != 0, rounds_params != 0)
                 stamp = (saturation + tl.cast(chunk, tl.int64) * 4).to(tl.pointer_type(tl.uint32))
                 saturated = False
-                if saturation != 0:
-                    saturated = tl.load(stamp) == _saturation_stamp(step, shift)
+                if STAMPS:  # known when this is compiled, the other is not  # noqa: SIM102
+                    if saturation != 0:
+                        saturated = tl.load(stamp) == _saturation_stamp(step, shift)
                 sampled = False
                 if STATISTICS:
                     sampled = _is_sampled(index)
@@ -418,12 +421,13 @@ def step_kernel(
                         *(operands, begin, end, aligned, coefficients, all_modes, rounding, saturated),
                         *(LAPROP, T, PARAM, GRAD, STATE, BLOCK),
                     )
-                if saturation != 0:
-                    # All threads have read the stamp and written their w.
-                    tl.debug_barrier()
-                    if (step % SEARCHES == 0) & (saturated == 0):
-                        saturated = _all_ones(weight_sum_address + start * state_bytes, begin, end, STATE, BLOCK)
-                    tl.store(stamp, tl.where(saturated, _saturation_stamp(step + 1, shift), 0))
+                if STAMPS:  # known when this is compiled, the other is not  # noqa: SIM102
+                    if saturation != 0:
+                        # All threads have read the stamp and written their w.
+                        tl.debug_barrier()
+                        if (step % SEARCHES == 0) & (saturated == 0):
+                            saturated = _all_ones(weight_sum_address + start * state_bytes, begin, end, STATE, BLOCK)
+                        tl.store(stamp, tl.where(saturated, _saturation_stamp(step + 1, shift), 0))
 
         # 3. The last program to get here advances the step counts, when no other will read them any more. The barrier
         # has all threads of this one past their reading.
