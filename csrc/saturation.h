@@ -15,9 +15,13 @@
 
 namespace maxva {
 
-// In step number `step` all w of the chunk are 1 before it. 0 stands for no such step.
+// In step number `step` all w of the chunk are 1 before it. 0, which one step in 2^29 has, stands for not known.
 MAXVA_FN uint32_t saturation_stamp(int64_t step, int shift) {
   return static_cast<uint32_t>(step) * 8 + static_cast<uint32_t>(shift);
+}
+
+MAXVA_FN bool is_stamped(uint32_t stamp, int64_t step, int shift) {
+  return stamp != 0 && stamp == saturation_stamp(step, shift);
 }
 
 // A GPU looks for chunks that have become saturated in one of so many steps.

@@ -248,6 +248,16 @@ def test_stamps_end_with_what_they_are_about(backend, intervention):
 
 
 @pytest.mark.parametrize("backend", backend_params(oracle=False))
+def test_every_step_has_a_stamp_of_its_own(backend):
+    """Guards against a step whose number, cut to a stamp's bits, is that of a chunk of which nothing is known: step
+    2^29 took every w for 1."""
+    for count in (2**29 - 1, 2**31 - 1, 2**32 - 1):
+        optimizer = run(MAdam(make_params((700,), device=device_of(backend)), **BASE, backend=backend), 0, 1)
+        next(iter(optimizer.state.values()))["step"].fill_(count)
+        assert_steps_alike(optimizer, reading(optimizer), 1, 3)
+
+
+@pytest.mark.parametrize("backend", backend_params(oracle=False))
 def test_each_chunk_saturates_by_itself(backend):
     """Guards the stamps' places: among groups, dtypes, sizes, absent gradients, and chunks in which one w is not 1,
     each is its own chunk's."""

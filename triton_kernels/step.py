@@ -195,6 +195,12 @@ def _saturation_stamp(step, shift):
 
 
 @triton.jit
+def _is_stamped(stamp, step, shift):
+    """csrc/saturation.h."""
+    return (stamp != 0) & (stamp == _saturation_stamp(step, shift))
+
+
+@triton.jit
 def _is_sampled(index):
     """Whether statistics are taken of that chunk of a tensor (csrc/statistics.h)."""
     return index.to(tl.uint32) * 0x9E3779B9 < 0x10000000
@@ -406,7 +412,7 @@ def step_kernel(
                 saturated = False
                 if STAMPS:  # known when this is compiled, the other is not  # noqa: SIM102
                     if saturation != 0:
-                        saturated = tl.load(stamp) == _saturation_stamp(step, shift)
+                        saturated = _is_stamped(tl.load(stamp), step, shift)
                 sampled = False
                 if STATISTICS:
                     sampled = _is_sampled(index)

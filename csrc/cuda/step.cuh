@@ -219,7 +219,7 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   State* const max_denoms = static_cast<State*>(row.max_denom) + start;
   int16_t* const rests = row.master + start;
   const bool has_master = kMayHaveMaster && row.master != nullptr;
-  const bool known_saturated = common.stamp == saturation_stamp(common.step, shift);
+  const bool known_saturated = is_stamped(common.stamp, common.step, shift);
 
   Place at;
   at.begin = chunk == 0 ? shift : 0;
