@@ -90,10 +90,9 @@ class Comparison:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
-        make = lambda: training.train(self.setting, self.text, contender, lr, batch, seed)  # noqa: E731
-        run, is_new = self.runs.get(settings, make)
         self.left -= 1
-        if is_new:
+        if (run := self.runs.find(settings)) is None:
+            run = self.runs.add(settings, training.train(self.setting, self.text, contender, lr, batch, seed))
             self.seconds.setdefault(batch, []).append(run["seconds"])
             minutes = self.left * statistics.mean(map(statistics.mean, self.seconds.values())) / 60
             end = f"diverged at step {run['diverged_at']}" if run["validation"] is None else f"{run['validation']:.3f}"

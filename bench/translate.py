@@ -1,6 +1,6 @@
 """Translating German to English, as in the paper's Section 5.2 (Table 2), with a Transformer that a CPU trains.
 
-    python bench/translate.py [--setting cpu|long|gpu] [--data DIR] [--out DIR]
+    python bench/translate.py [--setting cpu|long|gpu] [--data DIR] [--jobs N] [--out DIR]
 
 On a CPU 40 minutes, and the long setting (LaProp and LaMAdam alone, three times the steps, dropout 0.1, two rates and
 three fresh seeds) an hour; the same again goes on after an interruption. The texts are the messages of two programs,
@@ -26,6 +26,7 @@ and messages of one program resemble each other, so BLEU is no measure of how we
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gettext
 import io
 import itertools
@@ -327,10 +328,10 @@ def translated(model: Translator, tokenizer: Any, pairs: list[Pair], setting: Se
     return bleu([hypotheses[i].strip() for i in range(len(pairs))], [english for _, english in pairs])
 
 
-def compare(runs: tuning.Runs, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
+def compare(runs: tuning.Runs, make: paired.Make, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
     found = paired.compare(
         runs,
-        lambda name, lr, seed: train(name, lr, seed, setting, pairs),
+        make,
         {name: CONTENDERS[name] for name in setting.contenders},
         baseline=BASELINE,
         score="BLEU",
@@ -350,10 +351,9 @@ def draw(record: dict[str, Any]) -> Any:
 def main(argv: list[str] | None = None) -> None:
     args = paired.parse(__doc__, SETTINGS, argv)
     setting = SETTINGS[args.setting]
-    torch.set_num_threads(1)  # on a CPU the model is too small to share
     pairs = read(args.data)
-    name = "translate" if args.setting == "cpu" else f"translate_{args.setting}"
-    paired.report(args, name, lambda runs: compare(runs, pairs, setting), draw, BASELINE, "BLEU")
+    training = functools.partial(train, setting=setting, pairs=pairs)
+    paired.report(args, "translate", training, lambda *how: compare(*how, pairs, setting), draw, BASELINE, "BLEU")
 
 
 if __name__ == "__main__":

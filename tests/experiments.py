@@ -23,8 +23,9 @@ def check_end_to_end(
 ) -> dict[str, Any]:
     """Runs a command that writes to ``out``, with two fresh seeds, and again; its record."""
     made, train, name = [], module.train, module.__name__
-    monkeypatch.setattr(module, "train", lambda *args: made.append(args[:3]) or train(*args))
-    module.main([*command, "--out", str(out)])
+    monkeypatch.setattr(module, "train", lambda *args, **data: made.append(args) or train(*args, **data))
+    command = [*command, "--jobs", "1", "--out", str(out)]  # in this process, where they are counted
+    module.main(command)
     record = json.loads((out / f"{name}.json").read_text())
     assert record["optimizers"].keys() == module.CONTENDERS.keys()
     for optimizer, one in record["optimizers"].items():
@@ -35,7 +36,7 @@ def check_end_to_end(
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "| LaMAdam |" in capsys.readouterr().out
     before = len(made)
-    module.main([*command, "--out", str(out)])
+    module.main(command)
     assert len(made) == before
     assert json.loads((out / f"{name}.json").read_text()) == record
     return record

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +35,52 @@ class Contender:
     centre: float  # of the grid of learning rates
 
 
-Train = Callable[[str, float, int], dict[str, Any]]  # (optimizer, learning rate, seed): "validation" and the score
+Run = tuple[str, float, int]  # optimizer, learning rate, seed
+Train = Callable[[str, float, int], dict[str, Any]]  # what came out: "validation" and the score
+Make = Callable[[list[Run]], Iterator[tuple[Run, dict[str, Any]]]]  # gives runs as they end
+
+
+@contextmanager
+def workers(train: Train, jobs: int) -> Iterator[Make]:
+    """Makes runs in so many processes at a time, of one thread each; with one job, in this process.
+
+    Args:
+        train: Must be picklable with more jobs than one; with its data it is sent to each process once.
+    """
+    if jobs == 1:
+        yield lambda wanted: ((run, train(*run)) for run in wanted)
+        return
+    # A fork would inherit torch's threads, of which it has none.
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (train,))
+
+    def make(wanted: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
+        futures = {pool.submit(_train, *run): run for run in wanted}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+    try:
+        yield make
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_trains: Train | None = None  # in a worker
+
+
+def _begin(train: Train) -> None:
+    global _trains
+    torch.set_num_threads(1)
+    _trains = train
+
+
+def _train(name: str, lr: float, seed: int) -> dict[str, Any]:
+    assert _trains is not None
+    return _trains(name, lr, seed)
 
 
 def compare(
     runs: tuning.Runs,
-    train: Train,
+    make: Make,
     contenders: Mapping[str, Contender],
     baseline: str,
     score: str,
@@ -47,7 +91,8 @@ def compare(
     """By optimizer: what was tried and what came out.
 
     Args:
-        train: Gives the loss to choose by as "validation", None where it is no finite number.
+        make: Makes runs that are missing: the loss to choose by is their "validation", None where it is no finite
+            number.
         score: The entry of a run that is compared.
         rates: How many learning rates the grid has.
         seeds: The fresh ones; the rate is chosen on seed 0.
@@ -55,23 +100,34 @@ def compare(
     """
     seeds = list(seeds)
 
-    def run(name: str, lr: float, seed: int) -> dict[str, Any]:
-        key = {"optimizer": name, "lr": lr, "seed": seed, **settings, "torch": torch.__version__}
-        result, is_new = runs.get(key, lambda: train(name, lr, seed))
-        if is_new:
-            print(f"{name} lr {lr:g} seed {seed}: {score} {result[score]:.2f}", flush=True)
-        return result
+    def key(run: Run) -> dict[str, Any]:
+        return dict(zip(("optimizer", "lr", "seed"), run, strict=True)) | settings | {"torch": torch.__version__}
 
-    found: dict[str, Any] = {}
-    for name, contender in contenders.items():
-        losses = tuning.tune(lambda lr, name=name: tuning.final(run(name, lr, 0)), contender.centre, rates)  # type: ignore[misc]
-        best = tuning.best_rate(losses)
-        found[name] = {
-            "lr": best,
-            "at_edge": tuning.next_rate(losses) is not None,
-            "by_rate": {f"{lr:g}": run(name, lr, 0) for lr in losses},
-            score: [run(name, best, seed)[score] for seed in seeds],
+    def get(wanted: list[Run]) -> dict[Run, dict[str, Any]]:
+        found = {run: runs.find(key(run)) for run in wanted}
+        for run, result in make([run for run in wanted if found[run] is None]):
+            found[run] = runs.add(key(run), result)
+            print("{} lr {:g} seed {}: ".format(*run) + f"{score} {result[score]:.2f}", flush=True)
+        return {run: result for run, result in found.items() if result is not None}
+
+    tried: dict[str, dict[float, dict[str, Any]]] = {name: {} for name in contenders}
+    losses: dict[str, dict[float, float]] = {name: {} for name in contenders}
+    while wanted := [
+        (name, lr, 0) for name, each in contenders.items() for lr in tuning.wanted(losses[name], each.centre, rates)
+    ]:
+        for (name, lr, _), run in get(wanted).items():
+            tried[name][lr], losses[name][lr] = run, tuning.final(run)
+    best = {name: tuning.best_rate(losses[name]) for name in contenders}
+    fresh = get([(name, best[name], seed) for name in contenders for seed in seeds])
+    found = {
+        name: {
+            "lr": best[name],
+            "at_edge": tuning.next_rate(losses[name]) is not None,
+            "by_rate": {f"{lr:g}": run for lr, run in sorted(tried[name].items())},
+            score: [fresh[name, best[name], seed][score] for seed in seeds],
         }
+        for name in contenders
+    }
     for one in found.values():
         one["mean"], one["standard_error"] = _mean(one[score])
         one[f"minus_{baseline}"] = _mean([a - b for a, b in zip(one[score], found[baseline][score], strict=True)])
@@ -116,23 +172,32 @@ def parse(doc: str | None, settings: Mapping[str, Any], argv: list[str] | None) 
     parser = plots.parser(doc)
     parser.add_argument("--setting", choices=settings, default="cpu", help="(cpu)")
     parser.add_argument("--data", type=Path, metavar="DIR", default=DATA, help=f"where the packages lie ({DATA})")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--jobs", type=int, default=cores, help=f"runs at a time on a CPU, each on one core ({cores})")
     args = parser.parse_args(argv)
-    if settings[args.setting].device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"{parser.prog}: --setting {args.setting}: torch sees no CUDA device here")
+    if settings[args.setting].device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit(f"{parser.prog}: --setting {args.setting}: torch sees no CUDA device here")
+        args.jobs = 1
+    torch.set_num_threads(1)  # on a CPU the models are too small to share
     return args
 
 
 def report(
     args: argparse.Namespace,
     name: str,
-    compare: Callable[[tuning.Runs], dict[str, Any]],
+    train: Train,
+    compare: Callable[[tuning.Runs, Make], dict[str, Any]],
     draw: Callable[[dict[str, Any]], Any],
     baseline: str,
     score: str,
 ) -> None:
-    """Makes the runs that are missing in NAME.jsonl, prints the table and writes what the options ask for."""
+    """Makes the runs that are missing in NAME.jsonl, prints the table and writes what the options ask for. The name of
+    another setting than "cpu" is added to the experiment's."""
+    name = name if args.setting == "cpu" else f"{name}_{args.setting}"
     begin = time.perf_counter()
-    record = compare(tuning.Runs(args.out and args.out / f"{name}.jsonl"))
+    with workers(train, args.jobs) as make:
+        record = compare(tuning.Runs(args.out and args.out / f"{name}.jsonl"), make)
     print(f"{time.perf_counter() - begin:.0f} s\n")
     print(table(record["optimizers"], baseline, score))
     plots.write(args, name, record, draw)

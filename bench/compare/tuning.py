@@ -21,13 +21,19 @@ def best_rate(losses: dict[float, float]) -> float:
     return min(losses, key=lambda rate: (losses[rate], rate))
 
 
+def wanted(losses: dict[float, float], centre: float, count: int) -> list[float]:
+    """The rates to try after these: the grid, and up to `EXTENSIONS` times one beyond an edge that is the best."""
+    if not losses:
+        return grid(centre, count)
+    beyond = next_rate(losses)
+    return [beyond] if beyond and len(losses) < count + EXTENSIONS else []
+
+
 def tune(loss: Callable[[float], float], centre: float, count: int) -> dict[float, float]:
-    """The loss at each rate of the grid, and up to `EXTENSIONS` times at one more beyond an edge that is the best."""
-    losses = {rate: loss(rate) for rate in grid(centre, count)}
-    for _ in range(EXTENSIONS):
-        if not (beyond := next_rate(losses)):
-            break
-        losses[beyond] = loss(beyond)
+    """The loss at each rate that is wanted."""
+    losses: dict[float, float] = {}
+    while rates := wanted(losses, centre, count):
+        losses |= {rate: loss(rate) for rate in rates}
     return dict(sorted(losses.items()))
 
 
@@ -77,16 +83,15 @@ class Runs:
     def _name(settings: dict[str, Any]) -> str:
         return json.dumps(settings, sort_keys=True)
 
-    def get(self, settings: dict[str, Any], make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
-        """The run of these settings, and whether it was made only now."""
-        name = self._name(settings)
-        if name in self.done:
-            return self.done[name], False
-        # As it will be read back, so that a record is the same whether it was interrupted or not.
-        entry = json.loads(json.dumps({"settings": settings, "run": make()}))
+    def find(self, settings: dict[str, Any]) -> dict[str, Any] | None:
+        """The run of these settings, if it is finished."""
+        return self.done.get(self._name(settings))
+
+    def add(self, settings: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+        """Keeps a run; as it will be read back, so that a record is the same whether it was interrupted or not."""
+        entry = json.loads(json.dumps({"settings": settings, "run": run}))
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-        self.done[name] = entry["run"]
-        return entry["run"], True
+        return self.done.setdefault(self._name(settings), entry["run"])
