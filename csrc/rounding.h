@@ -49,10 +49,10 @@ MAXVA_FN RandomBits random_bits(RoundingKey key, uint32_t element) {
   return {x & 0xffffu, x >> 16, y & 0xffffu, y >> 16, (x * 0x85ebca77u) >> 16};
 }
 
-// Infinity stays, and a NaN. `random` has 16 bits.
+// Infinity stays, and a NaN (of which arithmetic makes quiet ones), which a carry could turn into 0. `random` has 16
+// bits.
 MAXVA_FN BFloat16 round_stochastically(float x, uint32_t random) {
-  const uint32_t rounded = (to_bits(x) + random) >> 16;
-  return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+  return {static_cast<uint16_t>((to_bits(x) + (x == x ? random : 0u)) >> 16)};
 }
 
 }  // namespace maxva
