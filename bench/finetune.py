@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import paired, tuning
+from compare import paired, tuning, workers
 from compare.contenders import package
 from torch import Tensor, nn
 
@@ -239,7 +239,7 @@ def judge(model: nn.Module, examples: list[tuple[list[int], int]], setting: Sett
     return loss / len(examples), right / len(examples)
 
 
-def compare(runs: tuning.Runs, make: paired.Make, source: Source, setting: Setting) -> dict[str, Any]:
+def compare(runs: tuning.Runs, make: workers.Make, source: Source, setting: Setting) -> dict[str, Any]:
     found = paired.compare(
         runs,
         make,

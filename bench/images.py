@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import paired, tuning
+from compare import paired, tuning, workers
 from compare.contenders import package
 from torch import Tensor, nn
 
@@ -200,7 +200,7 @@ def judge(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, floa
     return nn.functional.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
 
 
-def compare(runs: tuning.Runs, make: paired.Make, setting: Setting) -> dict[str, Any]:
+def compare(runs: tuning.Runs, make: workers.Make, setting: Setting) -> dict[str, Any]:
     found = paired.compare(
         runs,
         make,

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import paired, tuning
+from compare import paired, tuning, workers
 from compare.contenders import package
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -328,7 +328,7 @@ def translated(model: Translator, tokenizer: Any, pairs: list[Pair], setting: Se
     return bleu([hypotheses[i].strip() for i in range(len(pairs))], [english for _, english in pairs])
 
 
-def compare(runs: tuning.Runs, make: paired.Make, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
+def compare(runs: tuning.Runs, make: workers.Make, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
     found = paired.compare(
         runs,
         make,

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import torch
 from torch.optim import Optimizer
 
 from compare import tuning
+from compare.workers import Make, Run, Train, in_processes
 
 # Where packages lie that are read and not installed.
 DATA = Path("~/.cache/maxva_bench")
@@ -33,49 +31,6 @@ DATA = Path("~/.cache/maxva_bench")
 class Contender:
     make: Callable[[Any], Optimizer]
     centre: float  # of the grid of learning rates
-
-
-Run = tuple[str, float, int]  # optimizer, learning rate, seed
-Train = Callable[[str, float, int], dict[str, Any]]  # what came out: "validation" and the score
-Make = Callable[[list[Run]], Iterator[tuple[Run, dict[str, Any]]]]  # gives runs as they end
-
-
-@contextmanager
-def workers(train: Train, jobs: int) -> Iterator[Make]:
-    """Makes runs in so many processes at a time, of one thread each; with one job, in this process.
-
-    Args:
-        train: Must be picklable with more jobs than one; with its data it is sent to each process once.
-    """
-    if jobs == 1:
-        yield lambda wanted: ((run, train(*run)) for run in wanted)
-        return
-    # A fork would inherit torch's threads, of which it has none.
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (train,))
-
-    def make(wanted: list[Run]) -> Iterator[tuple[Run, dict[str, Any]]]:
-        futures = {pool.submit(_train, *run): run for run in wanted}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-
-    try:
-        yield make
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_trains: Train | None = None  # in a worker
-
-
-def _begin(train: Train) -> None:
-    global _trains
-    torch.set_num_threads(1)
-    _trains = train
-
-
-def _train(name: str, lr: float, seed: int) -> dict[str, Any]:
-    assert _trains is not None
-    return _trains(name, lr, seed)
 
 
 def compare(
@@ -179,6 +134,8 @@ def parse(doc: str | None, settings: Mapping[str, Any], argv: list[str] | None) 
         if not torch.cuda.is_available():
             raise SystemExit(f"{parser.prog}: --setting {args.setting}: torch sees no CUDA device here")
         args.jobs = 1
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: at least one")
     torch.set_num_threads(1)  # on a CPU the models are too small to share
     return args
 
@@ -196,7 +153,7 @@ def report(
     another setting than "cpu" is added to the experiment's."""
     name = name if args.setting == "cpu" else f"{name}_{args.setting}"
     begin = time.perf_counter()
-    with workers(train, args.jobs) as make:
+    with in_processes(train, args.jobs) as make:
         record = compare(tuning.Runs(args.out and args.out / f"{name}.jsonl"), make)
     print(f"{time.perf_counter() - begin:.0f} s\n")
     print(table(record["optimizers"], baseline, score))
