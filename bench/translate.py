@@ -3,7 +3,7 @@
     python bench/translate.py [--setting cpu|long|gpu] [--data DIR] [--jobs N] [--out DIR]
 
 On two cores less than half an hour, and the long setting (LaProp and LaMAdam alone, three times the steps, dropout
-0.1, two rates and three fresh seeds) as long again; the same again goes on after an interruption. The texts are the
+0.1, two rates and three fresh seeds) an hour of one; the same again goes on after an interruption. The texts are the
 messages of two programs, pretix (selling tickets) and Gramps (genealogy), and their translations, read from the wheels
 on PyPI, which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named with the command that gets it).
 These are some 8,000 pairs of 2 to 30 words without markup, no two of which have the same German or the same English

@@ -49,8 +49,8 @@ MAXVA_FN RandomBits random_bits(RoundingKey key, uint32_t element) {
   return {x & 0xffffu, x >> 16, y & 0xffffu, y >> 16, (x * 0x85ebca77u) >> 16};
 }
 
-// Infinity stays, and a NaN (of which arithmetic makes quiet ones), which a carry could turn into 0. `random` has 16
-// bits.
+// `random` has 16 bits. Infinity stays. So does a NaN, which is only cut: a carry could make it 0. That it is quiet, as
+// all that come from arithmetic, its upper half tells.
 MAXVA_FN BFloat16 round_stochastically(float x, uint32_t random) {
   return {static_cast<uint16_t>((to_bits(x) + (x == x ? random : 0u)) >> 16)};
 }
