@@ -190,8 +190,8 @@ def train(name: str, lr: float, seed: int, setting: Setting, data: Data) -> dict
         schedule.step()
     model.eval()
     with torch.no_grad(), autocast:
-        loss, right = (judge(model, *part) for part in (chosen_by, tested))
-    return {"validation": loss[0] if math.isfinite(loss[0]) else None, "accuracy": 100 * right[1]}
+        (loss, _), (_, right) = (judge(model, *part) for part in (chosen_by, tested))
+    return {"validation": loss if math.isfinite(loss) else None, "accuracy": 100 * right}
 
 
 def judge(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, float]:
