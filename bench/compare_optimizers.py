@@ -1,20 +1,23 @@
 """Ten optimizers under one tuning budget: large-batch pretraining of a small BERT (masked language model).
 
-    python bench/compare_optimizers.py --out DIR                   some 20 minutes on a CPU
+    python bench/compare_optimizers.py --out DIR                   some 10 minutes on two cores
     python bench/compare_optimizers.py --out DIR                   the same again after an interruption: it goes on
+    python bench/compare_optimizers.py --setting varied --out DIR  AdamW and MAdam in other circumstances: 30 minutes
     python bench/compare_optimizers.py --setting gpu --corpus text/ --out DIR     hours; has never been run
 
 SGD, Adam, AdamW, AMSGrad, LaProp, LAMB, AdaBelief, RAdam, MAdam and LaMAdam train the same Post-LN BERT on the
-documentation of the installed Python packages, as `bert_pretrain.py` does. For each batch size and each optimizer
+documentation of the installed Python packages, as `bert_pretrain.py` does. In each case of the setting (a batch size;
+with `--setting varied`, where AdamW and MAdam take part alone, with 0.98, also depth, length, warm-up or steps, one
+changed at a time) and for each optimizer
 
 - the same number of learning rates is tried on seed 0, a factor of 2 apart around a centre that is the same for all of
   Adam's kin, and while the best is at an edge of the grid one more beyond it, at most twice. The smallest loss on
   held-out text decides;
 - with that rate it is trained again on fresh seeds. What is compared are these runs.
 
-All else is the same: steps (for both batch sizes too), weights and order of the text of a seed, masks, 10 % warm-up and
-decay by a square root, gradients clipped to norm 1, decoupled weight decay 0.1 on matrices (Adam and SGD: none). Betas
-and epsilons are not tuned: see compare/contenders.py, whose last three have 0.98 in place of 0.999.
+All else is the same: weights and order of the text of a seed, masks, 10 % warm-up and decay by a square root,
+gradients clipped to norm 1, decoupled weight decay 0.1 on matrices (Adam and SGD: none). Betas and epsilons are not
+tuned: see compare/contenders.py, whose last three have 0.98 in place of 0.999.
 
 A run has diverged, and is ended, when its loss is no number or, after warm-up, on average of 5 % of the steps above
 that of the first step. A rate is stable if training ends below the loss of guessing without context. "Steps to
@@ -30,12 +33,14 @@ whose noise may move it; the runs are far too short to say how a BERT ends. LaPr
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import statistics
 import sys
 import time
 from argparse import Namespace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,93 +49,170 @@ try:
     import torch
     from bert import settings as bert_settings
     from bert.corpus import CorpusError
-    from compare import figure, training, tuning
+    from compare import figure, options, training, tuning
     from compare.contenders import CONTENDERS, PACKAGE
+    from compare.workers import Make, Run, in_processes
 except ImportError as error:
     if error.name not in ("torch", "numpy", "transformers", "tokenizers", "tqdm", "maxva_kernels"):
         raise
     sys.exit(f'compare_optimizers.py: {error.name} is not installed; in the repository: pip install ".[bench]"')
 
+
+@dataclass(frozen=True)
+class Setting:
+    """The cases in which optimizers are compared, and their budget in each."""
+
+    cases: dict[str, training.Setting]
+    names: tuple[str, ...] = tuple(CONTENDERS)
+    baseline: str = "AdamW"
+    rates: int = 4
+    fresh_seeds: int = 3
+    corpus_size: float = 6.0  # MB
+    device: str = "cpu"
+
+
+SMALL = training.Setting(
+    layers=2, hidden=64, heads=2, vocab=512, length=16, batch=128, steps=240, micro_batch=128, held_out=512
+)
+LARGE = training.Setting(
+    layers=6, hidden=384, heads=6, vocab=8192, length=128, batch=512, steps=1000, micro_batch=512, held_out=2048,
+    device="cuda",
+)  # fmt: skip
 SETTINGS = {
-    "cpu": training.Setting(
-        layers=2, hidden=64, heads=2, vocab=512, length=16, batches=(32, 128), steps=240, micro_batch=128,
-        held_out=512, rates=4,
+    "cpu": Setting({"batch 32": replace(SMALL, batch=32), "batch 128": SMALL}),
+    "varied": Setting(
+        {
+            "batch 128": SMALL,
+            "batch 512": replace(SMALL, batch=512),
+            "4 layers": replace(SMALL, layers=4),
+            "8 layers": replace(SMALL, layers=8),
+            "32 sequences of 64": replace(SMALL, length=64, batch=32),
+            "warm-up 2 %": replace(SMALL, warmup=0.02),
+            "warm-up 30 %": replace(SMALL, warmup=0.3),
+            "960 steps": replace(SMALL, steps=960),
+        },
+        names=("AdamW 0.98", "MAdam 0.98"),
+        baseline="AdamW 0.98",
     ),
     # Never run. Text for it must be given: the documentation of packages is read dozens of times.
-    "gpu": training.Setting(
-        layers=6, hidden=384, heads=6, vocab=8192, length=128, batches=(512, 4096), steps=1000, micro_batch=512,
-        held_out=2048, device="cuda", corpus_size=60.0,
+    "gpu": Setting(
+        {"batch 512": LARGE, "batch 4096": replace(LARGE, batch=4096)}, rates=5, corpus_size=60.0, device="cuda"
     ),
-}  # fmt: skip
-TUNING_SEED = 0
+}
 TARGET_MARGIN = 0.1
-BASELINE = "AdamW"
+Texts = dict[str, training.Text]  # by case
 
 
-class Comparison:
-    """All runs of one setting, made or read."""
+def train(which: tuple[str, str], lr: float, seed: int, setting: Setting, texts: Texts) -> dict[str, Any]:
+    case, name = which
+    return training.train(setting.cases[case], texts[case], CONTENDERS[name], lr, seed)
 
-    def __init__(self, setting: training.Setting, text: training.Text, names: list[str], runs: tuning.Runs):
-        self.setting, self.text, self.names, self.runs = setting, text, names, runs
-        most = setting.rates + tuning.EXTENSIONS + setting.fresh_seeds
-        self.left = most * len(names) * len(setting.batches)
-        self.seconds: dict[int, list[float]] = {}  # by batch size
 
-    def run(self, name: str, batch: int, lr: float, seed: int) -> dict[str, Any]:
-        contender = CONTENDERS[name]
-        settings = {
-            **{key: value for key, value in dataclasses.asdict(self.setting).items() if key in training.RESULT},
+class Progress:
+    """Tells of each run that was made, and how long those to come may take."""
+
+    def __init__(self, setting: Setting, names: list[str], jobs: int):
+        each = len(names) * (setting.rates + tuning.EXTENSIONS + setting.fresh_seeds)
+        self.left = dict.fromkeys(setting.cases, each)  # at most
+        self.setting, self.jobs = setting, jobs
+        self.seconds = self.cost = 0.0  # of what was made
+
+    def read(self, run: Run) -> None:
+        (case, _), *_ = run
+        self.left[case] -= 1
+
+    def made(self, run: Run, result: dict[str, Any]) -> None:
+        self.read(run)
+        (case, name), lr, seed = run
+        self.seconds += result["seconds"]
+        self.cost += self.setting.cases[case].cost
+        left = sum(count * self.setting.cases[case].cost for case, count in self.left.items())
+        minutes = left * self.seconds / self.cost / self.jobs / 60
+        loss, end = result["validation"], result["diverged_at"]
+        print(
+            f"{case}, {name}, lr {lr:g}, seed {seed}: "
+            + (f"diverged at step {end}" if loss is None else f"{loss:.3f}")
+            + f" in {result['seconds']:.1f} s; at most {sum(self.left.values())} runs, {minutes:.0f} min left",
+            flush=True,
+        )
+
+
+def compare(
+    setting: Setting, texts: Texts, names: list[str], runs: tuning.Runs, make: Make, jobs: int
+) -> dict[str, Any]:
+    """The record: for each case all optimizers, and what is told by comparing them."""
+    progress = Progress(setting, names, jobs)
+
+    def key(run: Run) -> dict[str, Any]:
+        (case, name), lr, seed = run
+        return {
+            **dataclasses.asdict(setting.cases[case]),
             "optimizer": name,
-            "batch": batch,
             "lr": lr,
             "seed": seed,
-            "decay": contender.decay,
-            "corpus": self.text.tokens.corpus_hash,
-            "tokenizer": self.text.tokens.tokenizer_hash,
+            "decay": CONTENDERS[name].decay,
+            "corpus": texts[case].tokens.corpus_hash,
+            "tokenizer": texts[case].tokens.tokenizer_hash,
             "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
         }
-        self.left -= 1
-        if (run := self.runs.find(settings)) is None:
-            run = self.runs.add(settings, training.train(self.setting, self.text, contender, lr, batch, seed))
-            self.seconds.setdefault(batch, []).append(run["seconds"])
-            minutes = self.left * statistics.mean(map(statistics.mean, self.seconds.values())) / 60
-            end = f"diverged at step {run['diverged_at']}" if run["validation"] is None else f"{run['validation']:.3f}"
-            print(
-                f"batch {batch} {name} lr {lr:g} seed {seed}: {end} in {run['seconds']:.1f} s; "
-                f"at most {self.left} runs, {minutes:.0f} min left",
-                flush=True,
-            )
-        return run
 
-    def tuned(self, name: str, batch: int) -> dict[str, Any]:
-        """One optimizer at one batch size: its grid, and its runs on fresh seeds."""
-        by_rate: dict[float, dict[str, Any]] = {}
+    def get(wanted: list[Run]) -> dict[Run, dict[str, Any]]:
+        for run in wanted:
+            if runs.find(key(run)):
+                progress.read(run)
+        return runs.get(wanted, key, make, progress.made)
 
-        def loss(rate: float) -> float:
-            by_rate[rate] = self.run(name, batch, rate, TUNING_SEED)
-            return tuning.final(by_rate[rate])
+    centres = {(case, name): CONTENDERS[name].centre for case in setting.cases for name in names}
+    fresh = range(tuning.SEED + 1, tuning.SEED + 1 + setting.fresh_seeds)
+    tuned = tuning.tune(get, centres, setting.rates, fresh)
+    return {
+        "baseline": setting.baseline,
+        "runs": sum(len(one.by_rate) + len(one.fresh) for one in tuned.values()),
+        "cases": [
+            _case(case, setting, texts[case], {name: tuned[case, name] for name in names}) for case in setting.cases
+        ],
+    }
 
-        before = self.left
-        losses = tuning.tune(loss, CONTENDERS[name].centre, self.setting.rates)
-        self.left = before - self.setting.rates - tuning.EXTENSIONS
-        best = tuning.best_rate(losses)
-        seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + self.setting.fresh_seeds)
-        fresh = [self.run(name, batch, best, seed) for seed in seeds]
-        stable = tuning.largest_stable(losses, self.text.unigram)
-        return {
-            "lr": best,
-            "at_edge": tuning.next_rate(losses) is not None,
-            "by_rate": [
-                {"lr": rate, "validation": by_rate[rate]["validation"], "diverged_at": by_rate[rate]["diverged_at"]}
-                for rate in losses
-            ],
-            "largest_stable_lr": stable,
-            "unstable_rate_was_tried": stable is not None and stable < max(losses),
-            "validation": [run["validation"] for run in fresh],
-            **_spread([run["validation"] for run in fresh]),
-            "fresh": fresh,
-        }
+
+def _case(case: str, setting: Setting, text: training.Text, tuned: dict[str, tuning.Tuned]) -> dict[str, Any]:
+    width = training.window(setting.cases[case].steps)
+    base = tuned.get(setting.baseline)
+    target = base and _target(base.fresh, width)
+    return {
+        "case": case,
+        "setting": dataclasses.asdict(setting.cases[case]),
+        "text": text.facts,
+        "unigram": text.unigram,
+        "window": width,
+        "target": target,
+        "optimizers": {name: _optimizer(one, base, text.unigram, target, width) for name, one in tuned.items()},
+    }
+
+
+def _optimizer(
+    one: tuning.Tuned, base: tuning.Tuned | None, unigram: float, target: float | None, width: int
+) -> dict[str, Any]:
+    stable = tuning.largest_stable(one.losses, unigram)
+    ends = [run["validation"] for run in one.fresh]
+    return {
+        "lr": one.lr,
+        "at_edge": one.at_edge,
+        "by_rate": [
+            {"lr": lr, "validation": run["validation"], "diverged_at": run["diverged_at"]}
+            for lr, run in one.by_rate.items()
+        ],
+        "largest_stable_lr": stable,
+        "unstable_rate_was_tried": stable is not None and stable < max(one.losses),
+        "validation": ends,
+        **_spread(ends),
+        "steps_to_target": [target and tuning.steps_to(run["losses"], target, width) for run in one.fresh],
+        "minus_baseline": base
+        and [
+            None if own is None or theirs["validation"] is None else own - theirs["validation"]
+            for own, theirs in zip(ends, base.fresh, strict=True)
+        ],
+        "curves": _curves(one.fresh, width),
+    }
 
 
 def _spread(losses: list[float | None]) -> dict[str, float | None]:
@@ -138,39 +220,6 @@ def _spread(losses: list[float | None]) -> dict[str, float | None]:
     if None in losses:
         return {"mean": None, "deviation": None}
     return {"mean": statistics.mean(losses), "deviation": statistics.stdev(losses) if len(losses) > 1 else None}
-
-
-def compare(setting: training.Setting, text: training.Text, names: list[str], runs: tuning.Runs) -> dict[str, Any]:
-    """The record: for each batch size all optimizers, and what is told by comparing them."""
-    comparison = Comparison(setting, text, names, runs)
-    found: dict[int, dict[str, Any]] = {batch: {} for batch in setting.batches}
-    for name in names:
-        for batch in setting.batches:
-            found[batch][name] = comparison.tuned(name, batch)
-    width = training.window(setting.steps)
-    batches = []
-    for batch, optimizers in found.items():
-        base = optimizers.get(BASELINE)
-        target = base and _target(base["fresh"], width)
-        for one in optimizers.values():
-            fresh = one.pop("fresh")
-            one["steps_to_target"] = [target and tuning.steps_to(run["losses"], target, width) for run in fresh]
-            one["minus_AdamW"] = base and [
-                None if own is None or theirs is None else own - theirs
-                for own, theirs in zip(one["validation"], base["validation"], strict=True)
-            ]
-            one["curves"] = _curves(fresh, width)
-        batches.append({"batch": batch, "target": target, "optimizers": optimizers})
-    return {
-        "setting": dataclasses.asdict(setting),
-        "text": text.facts,
-        "unigram": text.unigram,
-        "threads": torch.get_num_threads(),
-        "window": width,
-        "runs": setting.fresh_seeds * len(names) * len(setting.batches)
-        + sum(len(one["by_rate"]) for each in batches for one in each["optimizers"].values()),
-        "batches": batches,
-    }
 
 
 def _target(fresh: list[dict[str, Any]], width: int) -> float | None:
@@ -196,11 +245,11 @@ def _curves(fresh: list[dict[str, Any]], width: int) -> dict[str, list[float]]:
 
 
 def table(record: dict[str, Any]) -> str:
-    lines = []
-    for each in record["batches"]:
+    base, lines = record["baseline"], []
+    for each in record["cases"]:
         target = f"{each['target']:.2f}" if each["target"] else "none"
-        lines.append(f"\nBatch {each['batch']}, target {target}; largest stable below {record['unigram']:.2f}\n")
-        lines.append("| | best lr | loss | (deviation) | - AdamW, by seed | largest stable lr | steps to target |")
+        lines.append(f"\n{each['case']}: target {target}; largest stable below {each['unigram']:.2f}\n")
+        lines.append(f"| | best lr | loss | (deviation) | - {base}, by seed | largest stable lr | steps to target |")
         lines.append("| --- | ---: | ---: | ---: | --- | ---: | --- |")
         for name, one in each["optimizers"].items():
             rate = f"{one['lr']:g}{' (edge)' if one['at_edge'] else ''}"
@@ -209,7 +258,7 @@ def table(record: dict[str, Any]) -> str:
             stable = "none" if one["largest_stable_lr"] is None else f"{one['largest_stable_lr']:g}"
             stable = stable if one["unstable_rate_was_tried"] or stable == "none" else f">= {stable}"
             lines.append(
-                f"| {name} | {rate} | {mean} | {deviation} | {_row(one['minus_AdamW'], '+.3f')} "
+                f"| {name} | {rate} | {mean} | {deviation} | {_row(one['minus_baseline'], '+.3f')} "
                 f"| {stable} | {_row(one['steps_to_target'], 'd')} |"
             )
     return "\n".join(lines)
@@ -220,31 +269,29 @@ def _row(values: list[Any] | None, form: str) -> str:
 
 
 def parse(argv: list[str] | None) -> Namespace:
-    parser = plots.parser(__doc__)
-    parser.add_argument("--setting", choices=SETTINGS, default="cpu", help="(cpu)")
+    parser = options.parser(__doc__, SETTINGS)
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=CONTENDERS, help="these optimizers alone")
     parser.add_argument("--corpus", nargs="+", metavar="PATH", help="one's own text, as for bert_pretrain.py")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="tokenizers and token ids (~/.cache/maxva-kernels)")
-    parser.add_argument("--threads", type=int, default=2, help="of torch, on CPU (2)")
-    return parser.parse_args(argv)
+    return options.parse(parser, SETTINGS, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     setting = SETTINGS[args.setting]
-    names = args.only or list(CONTENDERS)
+    names = args.only or list(setting.names)
     if importlib.util.find_spec("pytorch_optimizer") is None and (out := [name for name in names if name in PACKAGE]):
         print(f"without {' and '.join(out)}: pytorch_optimizer is not installed")
         names = [name for name in names if name not in out]
-    if setting.device == "cuda" and not torch.cuda.is_available():
-        print("compare_optimizers.py: error: --setting gpu: torch sees no CUDA device here", file=sys.stderr)
-        return 2
-    torch.set_num_threads(args.threads)
+    # Runs that two settings share are made once.
+    runs = tuning.Runs(args.out and args.out / "compare_optimizers.jsonl")
     try:
-        text = training.Text(setting, args.corpus, args.cache or bert_settings.resolve({}).cache)
-        runs = tuning.Runs(args.out and args.out / "compare_optimizers.jsonl")
+        cache = args.cache or bert_settings.resolve({}).cache
+        source = training.Source(args.corpus, setting.corpus_size * 1e6, cache)
+        texts = {case: training.Text(one, source) for case, one in setting.cases.items()}
         begin = time.perf_counter()
-        record = compare(setting, text, names, runs)
+        with in_processes(functools.partial(train, setting=setting, texts=texts), args.jobs) as make:
+            record = compare(setting, texts, names, runs, make, args.jobs)
     except CorpusError as error:
         print(f"compare_optimizers.py: error: {error}", file=sys.stderr)
         return 2
@@ -254,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"{record['runs']} runs, this time {time.perf_counter() - begin:.0f} s")
     print(table(record))
-    plots.write(args, "compare_optimizers", record, figure.draw)
+    name = "compare_optimizers" if args.setting == "cpu" else f"compare_optimizers_{args.setting}"
+    plots.write(args, name, record, figure.draw)
     return 0
 
 

@@ -22,11 +22,8 @@ from compare.contenders import CONTENDERS  # noqa: E402
 
 from maxva_kernels import LaMAdam, MAdam  # noqa: E402
 
-TINY = training.Setting(
-    layers=1, hidden=16, heads=2, vocab=200, length=8, batches=(8, 16), steps=12, micro_batch=8, held_out=8, rates=2,
-    fresh_seeds=2,
-)  # fmt: skip
-ONE = dataclasses.replace(TINY, batches=(8,))  # batch size
+TINY = training.Setting(layers=1, hidden=16, heads=2, vocab=200, length=8, batch=8, steps=12, micro_batch=8, held_out=8)
+LARGER = dataclasses.replace(TINY, batch=16)
 NAMES = {"SGD", "Adam", "AdamW", "AMSGrad", "LaProp", "LAMB", "AdaBelief", "RAdam", "MAdam", "LaMAdam"}
 
 
@@ -38,12 +35,17 @@ def files(tmp_path_factory):
     for number in range(40):
         lines = [f"The {nouns[(number + i) % 4]} of room {number} is number {i}." for i in range(20)]
         (folder / f"{number}.txt").write_text("\n".join(lines))
-    return ["--corpus", str(folder), "--cache", str(tmp_path_factory.mktemp("cache")), "--threads", "1"]
+    return ["--corpus", str(folder), "--cache", str(tmp_path_factory.mktemp("cache")), "--jobs", "1"]
+
+
+def set_cases(monkeypatch, **cases):
+    setting = compare_optimizers.Setting(cases, rates=2, fresh_seeds=2)
+    monkeypatch.setitem(compare_optimizers.SETTINGS, "cpu", setting)
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
-    monkeypatch.setitem(compare_optimizers.SETTINGS, "cpu", ONE)
+    set_cases(monkeypatch, tiny=TINY)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -55,43 +57,45 @@ def trained(monkeypatch):
     made = []
     original = training.train
 
-    def counted(setting, text, contender, lr, batch, seed):
-        run = original(setting, text, contender, lr, batch, seed)
-        made.append((next(name for name in CONTENDERS if CONTENDERS[name] is contender), lr, batch, seed))
+    def counted(setting, text, contender, lr, seed):
+        run = original(setting, text, contender, lr, seed)
+        made.append((next(name for name in CONTENDERS if CONTENDERS[name] is contender), lr, setting.batch, seed))
         return run
 
     monkeypatch.setattr(training, "train", counted)
     return made
 
 
-def read(out):
-    record = json.loads((out / "compare_optimizers.json").read_text())
+def read(out, name="compare_optimizers"):
+    record = json.loads((out / f"{name}.json").read_text())
     return {key: value for key, value in record.items() if key != "date"}
 
 
 def test_all_optimizers_end_to_end(files, trained, tmp_path, monkeypatch, capsys):
     """Guards against a contender that does not run, and against one that gets other seeds or rates than its rule."""
-    monkeypatch.setitem(compare_optimizers.SETTINGS, "cpu", TINY)
+    set_cases(monkeypatch, tiny=TINY, larger=LARGER)
     assert compare_optimizers.main([*files, "--out", str(tmp_path)]) == 0
     record = read(tmp_path)
     assert (tmp_path / "compare_optimizers.png").read_bytes().startswith(b"\x89PNG")
-    assert [each["batch"] for each in record["batches"]] == [8, 16]
-    for each in record["batches"]:
+    assert [(each["case"], each["setting"]["batch"]) for each in record["cases"]] == [("tiny", 8), ("larger", 16)]
+    for each in record["cases"]:
         assert NAMES <= each["optimizers"].keys() == CONTENDERS.keys()
         for name, one in each["optimizers"].items():
             rates = [row["lr"] for row in one["by_rate"]]
             assert set(rates) >= set(tuning.grid(CONTENDERS[name].centre, 2)), name
             assert len(rates) <= 2 + tuning.EXTENSIONS
-            fresh = [seed for n, lr, batch, seed in trained if (n, lr, batch) == (name, one["lr"], each["batch"])]
+            fresh = [
+                seed for n, lr, batch, seed in trained if (n, lr, batch) == (name, one["lr"], each["setting"]["batch"])
+            ]
             assert sorted(fresh) == [0, 1, 2], name
-            assert len(one["validation"]) == len(one["minus_AdamW"]) == len(one["steps_to_target"]) == 2
+            assert len(one["validation"]) == len(one["minus_baseline"]) == len(one["steps_to_target"]) == 2
             ended = [loss for loss in one["validation"] if loss is not None]  # few steps of little text: some do not
             assert one["mean"] == (pytest.approx(sum(ended) / 2) if len(ended) == 2 else None), name
             if ended or name in ("AdamW", "MAdam", "LaMAdam"):
                 assert one["curves"]["loss"], name
                 assert min(one["curves"]["step_size"]) > 0, name
         baseline = each["optimizers"]["AdamW"]
-        assert baseline["minus_AdamW"] == [None if loss is None else 0 for loss in baseline["validation"]]
+        assert baseline["minus_baseline"] == [None if loss is None else 0 for loss in baseline["validation"]]
     assert record["runs"] == len(trained) == len(set(trained))
     assert "| LaMAdam |" in capsys.readouterr().out
 
@@ -128,13 +132,25 @@ def test_resumes_without_repeating_a_run(files, trained, tmp_path, monkeypatch):
     assert len(trained) == len(straight)
 
 
+def test_processes_and_settings_share_runs(files, trained, tmp_path, monkeypatch):
+    """Guards against runs that depend on who makes them, and against a run of one setting made again for another."""
+    options = [*files, "--only", "AdamW", "MAdam", "--out"]
+    assert compare_optimizers.main([*options, str(tmp_path / "one")]) == 0
+    monkeypatch.setitem(compare_optimizers.SETTINGS, "varied", compare_optimizers.SETTINGS["cpu"])
+    assert compare_optimizers.main([*options, str(tmp_path / "two"), "--setting", "varied", "--jobs", "2"]) == 0
+    assert read(tmp_path / "two", "compare_optimizers_varied") == read(tmp_path / "one")
+    made = len(trained)
+    assert compare_optimizers.main([*options, str(tmp_path / "two")]) == 0
+    assert len(trained) == made
+
+
 def test_other_settings_are_other_runs(files, trained, tmp_path, monkeypatch):
     """Guards against a run read where another was asked for: everything that decides a result is in its key."""
     options = [*files, "--only", "SGD", "--out", str(tmp_path)]
     assert compare_optimizers.main(options) == 0
-    for change in ({"steps": 13}, {"hidden": 32}, {"held_out": 7}):
+    for change in ({"steps": 13}, {"hidden": 32}, {"held_out": 7}, {"warmup": 0.5}):
         before = len(trained)
-        monkeypatch.setitem(compare_optimizers.SETTINGS, "cpu", dataclasses.replace(ONE, **change))
+        set_cases(monkeypatch, tiny=dataclasses.replace(TINY, **change))
         assert compare_optimizers.main(options) == 0
         assert len(trained) >= before + 4, change
 
@@ -152,14 +168,15 @@ def test_grid_is_extended_where_the_best_is_at_its_edge(best_at, tried, is_edge)
     """Guards against a rule that stops at the edge, or that never stops."""
     asked = []
 
-    def loss(rate):
-        asked.append(rate)
-        return abs(math.log2(rate / best_at))
+    def get(runs):
+        asked.extend(run[1:] for run in runs)
+        return {(name, rate, seed): {"validation": abs(math.log2(rate / best_at))} for name, rate, seed in runs}
 
-    losses = tuning.tune(loss, centre=2.0, count=4)
-    assert list(losses) == sorted(asked) == tried
-    assert (tuning.next_rate(losses) is not None) == is_edge
-    assert tuning.best_rate(losses) == min(best_at, 16)
+    tuned = tuning.tune(get, {"MAdam": 2.0}, rates=4, seeds=[1, 2])["MAdam"]
+    assert list(tuned.by_rate) == sorted(rate for rate, seed in asked if seed == 0) == tried
+    assert tuned.at_edge == is_edge
+    assert tuned.lr == min(best_at, 16)
+    assert [run for run in asked if run[1] != 0] == [(tuned.lr, 1), (tuned.lr, 2)]
 
 
 def test_choice_and_largest_stable_rate_with_diverged_runs():
@@ -194,7 +211,7 @@ def test_diverged_run_is_recorded_as_unstable(files, tmp_path, monkeypatch):
     wild = training.Contender(CONTENDERS["SGD"].make, 1e30, decay=0.0)
     monkeypatch.setitem(CONTENDERS, "SGD", wild)
     assert compare_optimizers.main([*files, "--only", "SGD", "--out", str(tmp_path)]) == 0
-    for each in read(tmp_path)["batches"]:
+    for each in read(tmp_path)["cases"]:
         one = each["optimizers"]["SGD"]
         assert all(row["validation"] is None and row["diverged_at"] < TINY.steps for row in one["by_rate"])
         assert len(one["by_rate"]) == 2 + tuning.EXTENSIONS  # down from the lowest, in vain
@@ -237,8 +254,8 @@ def test_step_size_is_the_one_of_the_statistics(algorithm):
 def test_a_run_repeats(files):
     """Guards against order, weights or masks that depend on what ran before; and seeds differ."""
     torch.set_num_threads(1)
-    text = training.Text(TINY, [files[1]], Path(files[3]))
-    runs = [training.train(TINY, text, CONTENDERS[name], 4e-3, 8, seed) for name, seed in
+    text = training.Text(TINY, training.Source([files[1]], 0, Path(files[3])))
+    runs = [training.train(TINY, text, CONTENDERS[name], 4e-3, seed) for name, seed in
             [("MAdam", 1), ("SGD", 1), ("MAdam", 1), ("MAdam", 2)]]  # fmt: skip
     losses = [run["losses"] for run in runs]
     assert losses[0] == losses[2]

@@ -1,4 +1,4 @@
-"""The figure: for each batch size the held-out loss by learning rate, training losses, step sizes."""
+"""The figure: for each case the held-out loss by learning rate, training losses, step sizes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ OTHERS = {
 def draw(record: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    batches = record["batches"]
-    figure = Figure(figsize=(14, 4.2 * len(batches)), layout="constrained")
-    rows = figure.subplots(len(batches), 3, squeeze=False)
-    for (left, middle, right), each in zip(rows, batches, strict=True):
+    cases = record["cases"]
+    height = 4.2 if len(cases[0]["optimizers"]) > 4 else 2.6
+    figure = Figure(figsize=(14, height * len(cases)), layout="constrained")
+    rows = figure.subplots(len(cases), 3, squeeze=False)
+    for (left, middle, right), each in zip(rows, cases, strict=True):
         for name, one in each["optimizers"].items():
             colour = {**OTHERS, **plots.COLOURS}[name.split()[0]]
             style = {"color": colour, "linestyle": "--" if name.endswith("0.98") else "-", "linewidth": 1.2}
@@ -28,11 +29,11 @@ def draw(record: dict[str, Any]) -> Any:
             curves = one["curves"]
             middle.plot(curves["step"], curves["loss"], label=f"{name}, lr {one['lr']:g}", **style)
             right.plot(curves["measured"], curves["step_size"], **style)
-        left.axhline(record["unigram"], color="gray", linestyle=":", linewidth=0.8)
-        left.set(xlabel="learning rate", ylabel=f"batch {each['batch']}: loss (nats)")
+        left.axhline(each["unigram"], color="gray", linestyle=":", linewidth=0.8)
+        left.set(xlabel="learning rate", ylabel=f"{each['case']}: loss (nats)")
         left.set_title("held out: seed 0 by rate; x: fresh seeds at the best")
         low = min((min(one["curves"]["loss"], default=9.0) for one in each["optimizers"].values()), default=0.0)
-        middle.set(xlabel="step", title="training, mean of the fresh seeds", ylim=(low - 0.1, record["unigram"] + 0.6))
+        middle.set(xlabel="step", title="training, mean of the fresh seeds", ylim=(low - 0.1, each["unigram"] + 0.6))
         right.set(xlabel="step", title="mean |change of a parameter| in a step")
         if any(one["curves"]["step_size"] for one in each["optimizers"].values()):  # without data no log scale
             left.set_xscale("log")

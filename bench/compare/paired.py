@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import plots
 import torch
 from torch.optim import Optimizer
 
-from compare import tuning
+from compare import options, tuning
 from compare.workers import Make, Run, Train, in_processes
 
 # Where packages lie that are read and not installed.
@@ -40,7 +39,7 @@ def compare(
     baseline: str,
     score: str,
     rates: int,
-    seeds: Iterable[int],
+    seeds: Sequence[int],
     settings: dict[str, Any],
 ) -> dict[str, Any]:
     """By optimizer: what was tried and what came out.
@@ -53,35 +52,25 @@ def compare(
         seeds: The fresh ones; the rate is chosen on seed 0.
         settings: What else tells runs apart.
     """
-    seeds = list(seeds)
 
     def key(run: Run) -> dict[str, Any]:
         return dict(zip(("optimizer", "lr", "seed"), run, strict=True)) | settings | {"torch": torch.__version__}
 
-    def get(wanted: list[Run]) -> dict[Run, dict[str, Any]]:
-        found = {run: runs.find(key(run)) for run in wanted}
-        for run, result in make([run for run in wanted if found[run] is None]):
-            found[run] = runs.add(key(run), result)
-            print("{} lr {:g} seed {}: ".format(*run) + f"{score} {result[score]:.2f}", flush=True)
-        return {run: result for run, result in found.items() if result is not None}
+    def say(run: Run, result: dict[str, Any]) -> None:
+        print("{} lr {:g} seed {}: ".format(*run) + f"{score} {result[score]:.2f}", flush=True)
 
-    tried: dict[str, dict[float, dict[str, Any]]] = {name: {} for name in contenders}
-    losses: dict[str, dict[float, float]] = {name: {} for name in contenders}
-    while wanted := [
-        (name, lr, 0) for name, each in contenders.items() for lr in tuning.wanted(losses[name], each.centre, rates)
-    ]:
-        for (name, lr, _), run in get(wanted).items():
-            tried[name][lr], losses[name][lr] = run, tuning.final(run)
-    best = {name: tuning.best_rate(losses[name]) for name in contenders}
-    fresh = get([(name, best[name], seed) for name in contenders for seed in seeds])
+    def get(wanted: list[Run]) -> dict[Run, dict[str, Any]]:
+        return runs.get(wanted, key, make, say)
+
+    tuned = tuning.tune(get, {name: each.centre for name, each in contenders.items()}, rates, seeds)
     found = {
         name: {
-            "lr": best[name],
-            "at_edge": tuning.next_rate(losses[name]) is not None,
-            "by_rate": {f"{lr:g}": run for lr, run in sorted(tried[name].items())},
-            score: [fresh[name, best[name], seed][score] for seed in seeds],
+            "lr": one.lr,
+            "at_edge": one.at_edge,
+            "by_rate": {f"{lr:g}": run for lr, run in one.by_rate.items()},
+            score: [run[score] for run in one.fresh],
         }
-        for name in contenders
+        for name, one in tuned.items()
     }
     for one in found.values():
         one["mean"], one["standard_error"] = _mean(one[score])
@@ -124,20 +113,9 @@ def parse(doc: str | None, settings: Mapping[str, Any], argv: list[str] | None) 
     Raises:
         SystemExit: the setting needs a GPU, and there is none.
     """
-    parser = plots.parser(doc)
-    parser.add_argument("--setting", choices=settings, default="cpu", help="(cpu)")
+    parser = options.parser(doc, settings)
     parser.add_argument("--data", type=Path, metavar="DIR", default=DATA, help=f"where the packages lie ({DATA})")
-    cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--jobs", type=int, default=cores, help=f"runs at a time on a CPU, each on one core ({cores})")
-    args = parser.parse_args(argv)
-    if settings[args.setting].device == "cuda":
-        if not torch.cuda.is_available():
-            raise SystemExit(f"{parser.prog}: --setting {args.setting}: torch sees no CUDA device here")
-        args.jobs = 1
-    if args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: at least one")
-    torch.set_num_threads(1)  # on a CPU the models are too small to share
-    return args
+    return options.parse(parser, settings, argv)
 
 
 def report(

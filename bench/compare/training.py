@@ -22,38 +22,51 @@ from maxva_kernels.recipe import Phase, PhasedLR, param_groups_weight_decay
 
 from .contenders import Contender
 
-WARMUP, POWER = 0.1, 0.5  # the paper's decay is a square root
+POWER = 0.5  # the paper's decay is a square root
 CLIP = 1.0
-# What of a setting decides the result of a run.
-RESULT = ("layers", "hidden", "heads", "vocab", "length", "steps", "micro_batch", "held_out", "device")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all runs share."""
+    """What decides the result of a run, beside the optimizer, its learning rate, the seed and the text."""
 
     layers: int
     hidden: int
     heads: int
     vocab: int
     length: int
-    batches: tuple[int, ...]
+    batch: int
     steps: int
     micro_batch: int
     held_out: int
-    rates: int = 5
-    fresh_seeds: int = 3
+    warmup: float = 0.1  # share of the steps
     device: str = "cpu"
-    corpus_size: float = 6.0  # MB
+
+    @property
+    def cost(self) -> int:
+        """In proportion to the time of a run, roughly."""
+        return self.layers * self.length * self.batch * self.steps
+
+
+class Source:
+    """The documentation of the installed packages, so many characters of it, or files."""
+
+    def __init__(self, paths: list[str] | None, characters: float, folder: Path):
+        self.documents = corpus.FileCorpus(paths) if paths else corpus.InstalledCorpus(characters)
+        self.folder = folder
+        self.hash, *size = tokenizer.describe(self.documents)
+        self.facts = dict(zip(("documents", "characters"), size, strict=True))
+
+    @cache  # noqa: B019  there is one
+    def tokens(self, vocab: int) -> tokenizer.Tokens:
+        return tokenizer.prepare(self.documents, self.hash, vocab, self.folder, None)
 
 
 class Text:
-    """Token ids of the documentation of the installed packages, or of files: one stream to train on, one held out."""
+    """Token ids as a setting has them: one stream to train on, one held out."""
 
-    def __init__(self, setting: Setting, paths: list[str] | None, folder: Path):
-        source = corpus.FileCorpus(paths) if paths else corpus.InstalledCorpus(setting.corpus_size * 1e6)
-        corpus_hash, documents, characters = tokenizer.describe(source)
-        self.tokens = tokenizer.prepare(source, corpus_hash, setting.vocab, folder, None)
+    def __init__(self, setting: Setting, source: Source):
+        self.tokens = source.tokens(setting.vocab)
         self.vocab = self.tokens.vocab_size
         self.length = setting.length
         # The same sequences with the same masks whatever the seed of the run.
@@ -61,10 +74,9 @@ class Text:
         self.rows = np.linspace(0, self.held_out.count - 1, min(self.held_out.count, setting.held_out)).astype(np.int64)
         self.unigram = data.unigram_loss(self.tokens.train, self.held_out, self.rows)
         self.facts = {
-            "documents": documents,
-            "characters": characters,
+            **source.facts,
             "training_tokens": len(self.tokens.train),
-            "epochs": max(setting.batches) * setting.steps / self.sequences(0).count,
+            "epochs": setting.batch * setting.steps / self.sequences(0).count,
             "held_out_sequences": len(self.rows),
         }
 
@@ -104,7 +116,7 @@ def window(steps: int) -> int:
     return max(1, steps // 20)
 
 
-def train(setting: Setting, text: Text, contender: Contender, lr: float, batch: int, seed: int) -> dict[str, Any]:
+def train(setting: Setting, text: Text, contender: Contender, lr: float, seed: int) -> dict[str, Any]:
     """The losses of each step, the average step sizes, and the loss on held-out text in the end, None if diverged."""
     begin = time.perf_counter()
     steps, device = setting.steps, setting.device
@@ -112,12 +124,12 @@ def train(setting: Setting, text: Text, contender: Contender, lr: float, batch: 
     model = MaskedLanguageModel(text.vocab, setting.layers, setting.hidden, setting.heads, setting.length, 0.0)
     model.to(device)
     optimizer = contender.make(param_groups_weight_decay(model, contender.decay))
-    phase = Phase(steps, warmup=WARMUP, power=POWER, scale=lr)
+    phase = Phase(steps, warmup=setting.warmup, power=POWER, scale=lr)
     schedule = PhasedLR(optimizer, [phase])
     losses: list[float] = []
     sizes: list[tuple[int, float]] = []
     for step in range(1, steps + 1):
-        losses.append(_backward(setting, text.sequences(seed), model, (step - 1) * batch, batch))
+        losses.append(_backward(setting, text.sequences(seed), model, step - 1))
         if has_diverged(losses, phase.warmup_steps, window(steps)):
             break
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -145,11 +157,11 @@ def _result(losses: list[float], sizes: list[tuple[int, float]], begin: float, l
     }
 
 
-def _backward(setting: Setting, sequences: data.MaskedSequences, model: nn.Module, first: int, batch: int) -> float:
+def _backward(setting: Setting, sequences: data.MaskedSequences, model: nn.Module, step: int) -> float:
     """The gradient of the mean loss over the batch, in micro-batches; returns that loss."""
     total = torch.zeros((), device=setting.device)
-    for at in range(first, first + batch, setting.micro_batch):
-        samples = np.arange(at, min(at + setting.micro_batch, first + batch))
+    batch, part = setting.batch, setting.micro_batch
+    for samples in np.split(np.arange(step * batch, (step + 1) * batch), range(part, batch, part)):
         loss = _loss(setting, model, sequences.training(samples)) / (batch * sequences.masked)
         loss.backward()
         total += loss.detach()

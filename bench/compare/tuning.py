@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compare.workers import Make, Run
+
 EXTENSIONS = 2
+SEED = 0  # on which rates are chosen
 
 
 def grid(centre: float, count: int) -> list[float]:
@@ -29,12 +33,45 @@ def wanted(losses: dict[float, float], centre: float, count: int) -> list[float]
     return [beyond] if beyond and len(losses) < count + EXTENSIONS else []
 
 
-def tune(loss: Callable[[float], float], centre: float, count: int) -> dict[float, float]:
-    """The loss at each rate that is wanted."""
-    losses: dict[float, float] = {}
-    while rates := wanted(losses, centre, count):
-        losses |= {rate: loss(rate) for rate in rates}
-    return dict(sorted(losses.items()))
+@dataclass(frozen=True)
+class Tuned:
+    """What was tried on seed 0, by learning rate, and the runs of fresh seeds at the best."""
+
+    by_rate: dict[float, dict[str, Any]]
+    lr: float
+    fresh: list[dict[str, Any]]
+
+    @property
+    def losses(self) -> dict[float, float]:
+        return {lr: final(run) for lr, run in self.by_rate.items()}
+
+    @property
+    def at_edge(self) -> bool:
+        return next_rate(self.losses) is not None
+
+
+def tune(
+    get: Callable[[list[Run]], dict[Run, dict[str, Any]]],
+    centres: Mapping[Any, float],
+    rates: int,
+    seeds: Sequence[int],
+) -> dict[Any, Tuned]:
+    """Each key of ``centres`` with the rates that are `wanted`, then with the best of them on each of ``seeds``.
+
+    Args:
+        get: The runs asked for, all that can be made side by side.
+    """
+    tried: dict[Any, dict[float, dict[str, Any]]] = {key: {} for key in centres}
+    losses: dict[Any, dict[float, float]] = {key: {} for key in centres}
+    while runs := [(key, lr, SEED) for key, centre in centres.items() for lr in wanted(losses[key], centre, rates)]:
+        for (key, lr, _), run in get(runs).items():
+            tried[key][lr], losses[key][lr] = run, final(run)
+    best = {key: best_rate(losses[key]) for key in centres}
+    fresh = get([(key, best[key], seed) for key in centres for seed in seeds])
+    return {
+        key: Tuned(dict(sorted(tried[key].items())), best[key], [fresh[key, best[key], seed] for seed in seeds])
+        for key in centres
+    }
 
 
 def next_rate(losses: dict[float, float]) -> float | None:
@@ -95,3 +132,17 @@ class Runs:
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
         return self.done.setdefault(self._name(settings), entry["run"])
+
+    def get(
+        self,
+        runs: list[Run],
+        settings: Callable[[Run], dict[str, Any]],
+        make: Make,
+        say: Callable[[Run, dict[str, Any]], None],
+    ) -> dict[Run, dict[str, Any]]:
+        """The runs, of which those that are missing are made, kept and told of."""
+        found = {run: self.find(settings(run)) for run in runs}
+        for run, result in make([run for run in runs if found[run] is None]):
+            found[run] = self.add(settings(run), result)
+            say(run, found[run])
+        return {run: result for run, result in found.items() if result is not None}

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-Run = tuple[str, float, int]  # optimizer, learning rate, seed
-Train = Callable[[str, float, int], dict[str, Any]]  # what came out: "validation" and the score
+Run = tuple[Any, float, int]  # what is tuned (an optimizer, perhaps among its circumstances), learning rate, seed
+Train = Callable[[Any, float, int], dict[str, Any]]  # what came out: "validation" and more
 Make = Callable[[list[Run]], Iterator[tuple[Run, dict[str, Any]]]]  # gives runs as they end
 
 
@@ -48,6 +48,6 @@ def _begin(train: Train) -> None:
     _trains = train
 
 
-def _train(name: str, lr: float, seed: int) -> dict[str, Any]:
+def _train(tuned: Any, lr: float, seed: int) -> dict[str, Any]:
     assert _trains is not None
-    return _trains(name, lr, seed)
+    return _trains(tuned, lr, seed)
