@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import paired, tuning, workers
+from compare import paired
 from compare.contenders import package
 from torch import Tensor, nn
 
@@ -241,11 +241,10 @@ def judge(model: nn.Module, examples: list[tuple[list[int], int]], setting: Sett
     return loss / len(examples), right / len(examples)
 
 
-def compare(runs: tuning.Runs, make: workers.Make, source: Source, setting: Setting) -> dict[str, Any]:
+def compare(runs: paired.Runs, source: Source, setting: Setting) -> dict[str, Any]:
     narrow = is_narrow(setting.device)
     found = paired.compare(
         runs,
-        make,
         CONTENDERS,
         baseline=BASELINE,
         score="accuracy",
@@ -268,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
     setting = SETTINGS[args.setting]
     source = read(args.data)
     training = functools.partial(train, setting=setting, source=source)
-    paired.report(args, "finetune", training, lambda *how: compare(*how, source, setting), draw, BASELINE, "accuracy")
+    paired.report(args, "finetune", training, lambda runs: compare(runs, source, setting), draw, BASELINE, "accuracy")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import paired, tuning, workers
+from compare import paired
 from compare.contenders import package
 from torch import Tensor, nn
 
@@ -200,10 +200,9 @@ def judge(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[float, floa
     return nn.functional.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
 
 
-def compare(runs: tuning.Runs, make: workers.Make, setting: Setting) -> dict[str, Any]:
+def compare(runs: paired.Runs, setting: Setting) -> dict[str, Any]:
     found = paired.compare(
         runs,
-        make,
         CONTENDERS,
         baseline=BASELINE,
         score="accuracy",
@@ -223,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     args = paired.parse(__doc__, SETTINGS, argv)
     setting = SETTINGS[args.setting]
     training = functools.partial(train, setting=setting, data=read(setting, args.data))
-    paired.report(args, "images", training, lambda *how: compare(*how, setting), draw, BASELINE, "accuracy")
+    paired.report(args, "images", training, lambda runs: compare(runs, setting), draw, BASELINE, "accuracy")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import paired, tuning, workers
+from compare import paired
 from compare.contenders import package
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -328,10 +328,9 @@ def translated(model: Translator, tokenizer: Any, pairs: list[Pair], setting: Se
     return bleu([hypotheses[i].strip() for i in range(len(pairs))], [english for _, english in pairs])
 
 
-def compare(runs: tuning.Runs, make: workers.Make, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
+def compare(runs: paired.Runs, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
     found = paired.compare(
         runs,
-        make,
         {name: CONTENDERS[name] for name in setting.contenders},
         baseline=BASELINE,
         score="BLEU",
@@ -353,7 +352,7 @@ def main(argv: list[str] | None = None) -> None:
     setting = SETTINGS[args.setting]
     pairs = read(args.data)
     training = functools.partial(train, setting=setting, pairs=pairs)
-    paired.report(args, "translate", training, lambda *how: compare(*how, pairs, setting), draw, BASELINE, "BLEU")
+    paired.report(args, "translate", training, lambda runs: compare(runs, pairs, setting), draw, BASELINE, "BLEU")
 
 
 if __name__ == "__main__":

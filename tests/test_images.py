@@ -61,6 +61,29 @@ def test_runs_of_many_processes(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "parts" / "images.json").read_text())["optimizers"] == records[1]
 
 
+def test_rates_beside_those_chosen(tmp_path, monkeypatch, capsys):
+    """Guards against an optimizer judged by its rate: others are trained on the same seeds, and change nothing else."""
+    monkeypatch.setitem(images.SETTINGS, "cpu", TINY)
+    command = ["--jobs", "1", "--out", str(tmp_path)]
+    images.main(command)
+    record = json.loads((tmp_path / "images.json").read_text())["optimizers"]
+    rates = [float(rate) for rate in record["MAdam"]["by_rate"]]
+    other = next(rate for rate in rates if rate != record["MAdam"]["lr"])
+    images.main([*command, "--also", f"MAdam={other}", f"AdamW={record['AdamW']['lr']}"])
+    *found, beside, same = json.loads((tmp_path / "images.json").read_text())["optimizers"].items()
+    assert dict(found) == record
+    data = images.digits()
+    runs = [images.train("MAdam", other, seed, TINY, data)["accuracy"] for seed in (1, 2)]
+    assert (beside[0], beside[1]["lr"], beside[1]["accuracy"]) == (f"MAdam at {other:g}", other, runs)
+    assert same[1]["minus_AdamW"] == [0, 0]
+    assert f"| MAdam at {other:g} |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--also Adam: not one of SGD"):
+        images.main([*command, "--also", "Adam=0.1"])
+    with pytest.raises(SystemExit):
+        images.main([*command, "--also", "AdamW"])
+    assert "'AdamW' is not NAME=RATE" in capsys.readouterr().err
+
+
 def test_images_are_divided():
     """Guards against images that are trained on and tested, and against the same division for every seed."""
     data = images.digits()

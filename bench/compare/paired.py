@@ -32,9 +32,17 @@ class Contender:
     centre: float  # of the grid of learning rates
 
 
+@dataclass(frozen=True)
+class Runs:
+    """Where runs are kept, what makes those that are missing, and which are wanted beside those of the rule."""
+
+    kept: tuning.Runs
+    make: Make  # the loss to choose by is a run's "validation", None where it is no finite number
+    also: Sequence[tuple[str, float]] = ()  # contenders and rates for the fresh seeds
+
+
 def compare(
-    runs: tuning.Runs,
-    make: Make,
+    runs: Runs,
     contenders: Mapping[str, Contender],
     baseline: str,
     score: str,
@@ -45,13 +53,16 @@ def compare(
     """By optimizer: what was tried and what came out.
 
     Args:
-        make: Makes runs that are missing: the loss to choose by is their "validation", None where it is no finite
-            number.
         score: The entry of a run that is compared.
         rates: How many learning rates the grid has.
         seeds: The fresh ones; the rate is chosen on seed 0.
         settings: What else tells runs apart.
+
+    Raises:
+        SystemExit: an optimizer of `Runs.also` is none of the contenders.
     """
+    if unknown := [name for name, _ in runs.also if name not in contenders]:
+        raise SystemExit(f"--also {unknown[0]}: not one of {', '.join(contenders)}")
 
     def key(run: Run) -> dict[str, Any]:
         return dict(zip(("optimizer", "lr", "seed"), run, strict=True)) | settings | {"torch": torch.__version__}
@@ -60,7 +71,7 @@ def compare(
         print("{} lr {:g} seed {}: ".format(*run) + f"{score} {result[score]:.2f}", flush=True)
 
     def get(wanted: list[Run]) -> dict[Run, dict[str, Any]]:
-        return runs.get(wanted, key, make, say)
+        return runs.kept.get(wanted, key, runs.make, say)
 
     tuned = tuning.tune(get, {name: each.centre for name, each in contenders.items()}, rates, seeds)
     found = {
@@ -72,6 +83,9 @@ def compare(
         }
         for name, one in tuned.items()
     }
+    others = get([(name, lr, seed) for name, lr in runs.also for seed in seeds])
+    for name, lr in runs.also:
+        found[f"{name} at {lr:g}"] = {"lr": lr, score: [others[name, lr, seed][score] for seed in seeds]}
     for one in found.values():
         one["mean"], one["standard_error"] = _mean(one[score])
         one[f"minus_{baseline}"] = _mean([a - b for a, b in zip(one[score], found[baseline][score], strict=True)])
@@ -87,7 +101,7 @@ def table(found: dict[str, Any], baseline: str, score: str) -> str:
     """Means and differences, standard errors in brackets, as Markdown."""
     lines = [f"| | best lr | {score} | less {baseline}'s |", "| --- | ---: | ---: | ---: |"]
     for name, one in found.items():
-        rate = f"{one['lr']:g}{' (edge)' if one['at_edge'] else ''}"
+        rate = f"{one['lr']:g}{' (edge)' if one.get('at_edge') else ''}"
         difference = "{:+.2f} ({:.2f})".format(*one[f"minus_{baseline}"])
         lines.append(f"| {name} | {rate} | {one['mean']:.2f} ({one['standard_error']:.2f}) | {difference} |")
     return "\n".join(lines)
@@ -115,14 +129,30 @@ def parse(doc: str | None, settings: Mapping[str, Any], argv: list[str] | None) 
     """
     parser = options.parser(doc, settings)
     parser.add_argument("--data", type=Path, metavar="DIR", default=DATA, help=f"where the packages lie ({DATA})")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        type=_at_rate,
+        metavar="NAME=RATE",
+        default=[],
+        help="train the fresh seeds with these learning rates too, whichever were chosen",
+    )
     return options.parse(parser, settings, argv)
+
+
+def _at_rate(text: str) -> tuple[str, float]:
+    name, _, rate = text.partition("=")
+    try:
+        return name, float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RATE, as in AdamW=0.001") from None
 
 
 def report(
     args: argparse.Namespace,
     name: str,
     train: Train,
-    compare: Callable[[tuning.Runs, Make], dict[str, Any]],
+    compare: Callable[[Runs], dict[str, Any]],
     draw: Callable[[dict[str, Any]], Any],
     baseline: str,
     score: str,
@@ -132,7 +162,7 @@ def report(
     name = name if args.setting == "cpu" else f"{name}_{args.setting}"
     begin = time.perf_counter()
     with in_processes(train, args.jobs) as make:
-        record = compare(tuning.Runs(args.out and args.out / f"{name}.jsonl"), make)
+        record = compare(Runs(tuning.Runs(args.out and args.out / f"{name}.jsonl"), make, args.also))
     print(f"{time.perf_counter() - begin:.0f} s\n")
     print(table(record["optimizers"], baseline, score))
     plots.write(args, name, record, draw)
