@@ -1,14 +1,15 @@
 """Ten optimizers under one tuning budget: large-batch pretraining of a small BERT (masked language model).
 
-    python bench/compare_optimizers.py --out DIR                   some 10 minutes on two cores
+    python bench/compare_optimizers.py --out DIR                   a quarter of an hour on two cores
     python bench/compare_optimizers.py --out DIR                   the same again after an interruption: it goes on
-    python bench/compare_optimizers.py --setting varied --out DIR  AdamW and MAdam in other circumstances: 30 minutes
+    python bench/compare_optimizers.py --setting varied --out DIR  AdamW and MAdam in other circumstances: 25 minutes
+    python bench/compare_optimizers.py --setting warmup --out DIR  the same with the longer warm-up: 25 minutes
     python bench/compare_optimizers.py --setting gpu --corpus text/ --out DIR     hours; has never been run
 
 SGD, Adam, AdamW, AMSGrad, LaProp, LAMB, AdaBelief, RAdam, MAdam and LaMAdam train the same Post-LN BERT on the
-documentation of the installed Python packages, as `bert_pretrain.py` does. In each case of the setting (a batch size;
-with `--setting varied`, where AdamW and MAdam take part alone, with 0.98, also depth, length, warm-up or steps, one
-changed at a time) and for each optimizer
+documentation of the installed Python packages, as `bert_pretrain.py` does. A setting has cases: two batch sizes, or
+where AdamW and MAdam take part alone, with 0.98, batch size, depth, length, warm-up or steps, of which one is changed
+at a time. In each case and for each optimizer
 
 - the same number of learning rates is tried on seed 0, a factor of 2 apart around a centre that is the same for all of
   Adam's kin, and while the best is at an edge of the grid one more beyond it, at most twice. The smallest loss on
@@ -74,10 +75,12 @@ class Setting:
 SMALL = training.Setting(
     layers=2, hidden=64, heads=2, vocab=512, length=16, batch=128, steps=240, micro_batch=128, held_out=512
 )
+WARM = replace(SMALL, warmup=0.3)
 LARGE = training.Setting(
     layers=6, hidden=384, heads=6, vocab=8192, length=128, batch=512, steps=1000, micro_batch=512, held_out=2048,
     device="cuda",
 )  # fmt: skip
+TWO: dict[str, Any] = {"names": ("AdamW 0.98", "MAdam 0.98"), "baseline": "AdamW 0.98"}
 SETTINGS = {
     "cpu": Setting({"batch 32": replace(SMALL, batch=32), "batch 128": SMALL}),
     "varied": Setting(
@@ -88,11 +91,20 @@ SETTINGS = {
             "6 layers": replace(SMALL, layers=6),
             "32 sequences of 64": replace(SMALL, length=64, batch=32),
             "warm-up 2 %": replace(SMALL, warmup=0.02),
-            "warm-up 30 %": replace(SMALL, warmup=0.3),
+            "warm-up 30 %": WARM,
             "720 steps": replace(SMALL, steps=720),
         },
-        names=("AdamW 0.98", "MAdam 0.98"),
-        baseline="AdamW 0.98",
+        **TWO,
+    ),
+    "warmup": Setting(
+        {
+            "warm-up 30 %": WARM,
+            "and batch 512": replace(WARM, batch=512),
+            "and 6 layers": replace(WARM, layers=6),
+            "and 12 layers": replace(WARM, layers=12),
+            "and 720 steps": replace(WARM, steps=720),
+        },
+        **TWO,
     ),
     # Never run. Text for it must be given: the documentation of packages is read dozens of times.
     "gpu": Setting(
@@ -111,8 +123,8 @@ def train(which: tuple[str, str], lr: float, seed: int, setting: Setting, texts:
 class Progress:
     """Tells of each run that was made, and how long those to come may take."""
 
-    def __init__(self, setting: Setting, names: list[str], jobs: int):
-        each = len(names) * (setting.rates + tuning.EXTENSIONS + setting.fresh_seeds)
+    def __init__(self, setting: Setting, optimizers: int, also: int, jobs: int):
+        each = optimizers * (setting.rates + tuning.EXTENSIONS) + (optimizers + also) * setting.fresh_seeds
         self.left = dict.fromkeys(setting.cases, each)  # at most
         self.setting, self.jobs = setting, jobs
         self.seconds = self.cost = 0.0  # of what was made
@@ -138,10 +150,16 @@ class Progress:
 
 
 def compare(
-    setting: Setting, texts: Texts, names: list[str], runs: tuning.Runs, make: Make, jobs: int
+    setting: Setting,
+    texts: Texts,
+    names: list[str],
+    also: list[tuple[str, float]],
+    runs: tuning.Runs,
+    make: Make,
+    jobs: int,
 ) -> dict[str, Any]:
     """The record: for each case all optimizers, and what is told by comparing them."""
-    progress = Progress(setting, names, jobs)
+    progress = Progress(setting, len(names), len(also), jobs)
 
     def key(run: Run) -> dict[str, Any]:
         (case, name), lr, seed = run
@@ -165,11 +183,16 @@ def compare(
     centres = {(case, name): CONTENDERS[name].centre for case in setting.cases for name in names}
     fresh = range(tuning.SEED + 1, tuning.SEED + 1 + setting.fresh_seeds)
     tuned = tuning.tune(get, centres, setting.rates, fresh)
+    others = get([((case, name), lr, seed) for case in setting.cases for name, lr in also for seed in fresh])
+    for (case, name), lr in {run[:2]: None for run in others}:
+        beside = [others[(case, name), lr, seed] for seed in fresh]
+        tuned[case, f"{name} at {lr:g}"] = tuning.Tuned({}, lr, beside)
     return {
         "baseline": setting.baseline,
         "runs": sum(len(one.by_rate) + len(one.fresh) for one in tuned.values()),
         "cases": [
-            _case(case, setting, texts[case], {name: tuned[case, name] for name in names}) for case in setting.cases
+            _case(case, setting, texts[case], {name: one for (its, name), one in tuned.items() if its == case})
+            for case in setting.cases
         ],
     }
 
@@ -257,6 +280,7 @@ def table(record: dict[str, Any]) -> str:
             deviation = "" if one["deviation"] is None else f"({one['deviation']:.3f})"
             stable = "none" if one["largest_stable_lr"] is None else f"{one['largest_stable_lr']:g}"
             stable = stable if one["unstable_rate_was_tried"] or stable == "none" else f">= {stable}"
+            stable = stable if one["by_rate"] else ""
             lines.append(
                 f"| {name} | {rate} | {mean} | {deviation} | {_row(one['minus_baseline'], '+.3f')} "
                 f"| {stable} | {_row(one['steps_to_target'], 'd')} |"
@@ -283,6 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("pytorch_optimizer") is None and (out := [name for name in names if name in PACKAGE]):
         print(f"without {' and '.join(out)}: pytorch_optimizer is not installed")
         names = [name for name in names if name not in out]
+    options.check_also(args.also, names)
     # Runs that two settings share are made once.
     runs = tuning.Runs(args.out and args.out / "compare_optimizers.jsonl")
     try:
@@ -291,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
         texts = {case: training.Text(one, source) for case, one in setting.cases.items()}
         begin = time.perf_counter()
         with in_processes(functools.partial(train, setting=setting, texts=texts), args.jobs) as make:
-            record = compare(setting, texts, names, runs, make, args.jobs)
+            record = compare(setting, texts, names, args.also, runs, make, args.jobs)
     except CorpusError as error:
         print(f"compare_optimizers.py: error: {error}", file=sys.stderr)
         return 2

@@ -132,6 +132,24 @@ def test_resumes_without_repeating_a_run(files, trained, tmp_path, monkeypatch):
     assert len(trained) == len(straight)
 
 
+def test_rates_beside_those_chosen(files, trained, tmp_path, monkeypatch, capsys):
+    """Guards against an optimizer judged by its rate: others are trained on the same seeds, and change nothing else."""
+    set_cases(monkeypatch, tiny=TINY, larger=LARGER)
+    options = [*files, "--only", "AdamW", "MAdam", "--out", str(tmp_path)]
+    assert compare_optimizers.main(options) == 0
+    before, made = read(tmp_path)["cases"], len(trained)
+    assert compare_optimizers.main([*options, "--also", "MAdam=0.5"]) == 0
+    assert trained[made:] == [("MAdam", 0.5, batch, seed) for batch in (8, 16) for seed in (1, 2)]
+    for each, its in zip(read(tmp_path)["cases"], before, strict=True):
+        beside = each["optimizers"].pop("MAdam at 0.5")
+        assert each == its
+        assert beside["lr"] == 0.5
+        assert len(beside["validation"]) == len(beside["minus_baseline"]) == 2
+    assert "| MAdam at 0.5 | 0.5 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--also SGD: not one of AdamW, MAdam"):
+        compare_optimizers.main([*options, "--also", "SGD=0.5"])
+
+
 def test_processes_and_settings_share_runs(files, trained, tmp_path, monkeypatch):
     """Guards against runs that depend on who makes them, and against a run of one setting made again for another."""
     options = [*files, "--only", "AdamW", "MAdam", "--out"]

@@ -22,12 +22,14 @@ def draw(record: dict[str, Any]) -> Any:
     for (left, middle, right), each in zip(rows, cases, strict=True):
         for name, one in each["optimizers"].items():
             colour = {**OTHERS, **plots.COLOURS}[name.split()[0]]
-            style = {"color": colour, "linestyle": "--" if name.endswith("0.98") else "-", "linewidth": 1.2}
+            line = ":" if " at " in name else "--" if name.endswith("0.98") else "-"
+            style = {"color": colour, "linestyle": line, "linewidth": 1.2}
             ended = [row for row in one["by_rate"] if row["validation"] is not None]
             left.plot([row["lr"] for row in ended], [row["validation"] for row in ended], marker=".", **style)
             left.plot([one["lr"]] * len(one["validation"]), one["validation"], "x", color=colour, markersize=4)
             curves = one["curves"]
-            middle.plot(curves["step"], curves["loss"], label=f"{name}, lr {one['lr']:g}", **style)
+            label = f"{name.partition(' at ')[0]}, lr {one['lr']:g}"
+            middle.plot(curves["step"], curves["loss"], label=label, **style)
             right.plot(curves["measured"], curves["step_size"], **style)
         left.axhline(each["unigram"], color="gray", linestyle=":", linewidth=0.8)
         left.set(xlabel="learning rate", ylabel=f"{each['case']}: loss (nats)")

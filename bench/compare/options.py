@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import plots
@@ -16,7 +16,29 @@ def parser(doc: str | None, settings: Mapping[str, Any]) -> argparse.ArgumentPar
     parser.add_argument("--setting", choices=settings, default="cpu", help="(cpu)")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=int, default=cores, help=f"runs at a time on a CPU, each on one core ({cores})")
+    parser.add_argument(
+        "--also",
+        nargs="+",
+        type=_at_rate,
+        metavar="NAME=RATE",
+        default=[],
+        help="train the fresh seeds with these learning rates too, whichever were chosen",
+    )
     return parser
+
+
+def _at_rate(text: str) -> tuple[str, float]:
+    name, _, rate = text.partition("=")
+    try:
+        return name, float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RATE, as in AdamW=0.001") from None
+
+
+def check_also(also: Iterable[tuple[str, float]], names: Collection[str]) -> None:
+    """Raises SystemExit where an optimizer of ``--also`` does not take part."""
+    if unknown := [name for name, _ in also if name not in names]:
+        raise SystemExit(f"--also {unknown[0]}: not one of {', '.join(names)}")
 
 
 def parse(parser: argparse.ArgumentParser, settings: Mapping[str, Any], argv: list[str] | None) -> argparse.Namespace:

@@ -61,8 +61,7 @@ def compare(
     Raises:
         SystemExit: an optimizer of `Runs.also` is none of the contenders.
     """
-    if unknown := [name for name, _ in runs.also if name not in contenders]:
-        raise SystemExit(f"--also {unknown[0]}: not one of {', '.join(contenders)}")
+    options.check_also(runs.also, contenders)
 
     def key(run: Run) -> dict[str, Any]:
         return dict(zip(("optimizer", "lr", "seed"), run, strict=True)) | settings | {"torch": torch.__version__}
@@ -79,17 +78,21 @@ def compare(
             "lr": one.lr,
             "at_edge": one.at_edge,
             "by_rate": {f"{lr:g}": run for lr, run in one.by_rate.items()},
-            score: [run[score] for run in one.fresh],
+            **_columns(one.fresh, score),
         }
         for name, one in tuned.items()
     }
     others = get([(name, lr, seed) for name, lr in runs.also for seed in seeds])
     for name, lr in runs.also:
-        found[f"{name} at {lr:g}"] = {"lr": lr, score: [others[name, lr, seed][score] for seed in seeds]}
+        found[f"{name} at {lr:g}"] = {"lr": lr, **_columns([others[name, lr, seed] for seed in seeds], score)}
     for one in found.values():
         one["mean"], one["standard_error"] = _mean(one[score])
         one[f"minus_{baseline}"] = _mean([a - b for a, b in zip(one[score], found[baseline][score], strict=True)])
     return found
+
+
+def _columns(fresh: list[dict[str, Any]], score: str) -> dict[str, Any]:
+    return {score: [run[score] for run in fresh], "validation": [run["validation"] for run in fresh]}
 
 
 def _mean(values: list[float]) -> tuple[float, float]:
@@ -98,12 +101,14 @@ def _mean(values: list[float]) -> tuple[float, float]:
 
 
 def table(found: dict[str, Any], baseline: str, score: str) -> str:
-    """Means and differences, standard errors in brackets, as Markdown."""
-    lines = [f"| | best lr | {score} | less {baseline}'s |", "| --- | ---: | ---: | ---: |"]
+    """Means and differences, standard errors in brackets, and the mean loss to choose by, as Markdown."""
+    lines = [f"| | best lr | {score} | less {baseline}'s | loss |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, one in found.items():
         rate = f"{one['lr']:g}{' (edge)' if one.get('at_edge') else ''}"
         difference = "{:+.2f} ({:.2f})".format(*one[f"minus_{baseline}"])
-        lines.append(f"| {name} | {rate} | {one['mean']:.2f} ({one['standard_error']:.2f}) | {difference} |")
+        losses = one["validation"]
+        loss = "infinite" if None in losses else f"{statistics.mean(losses):.3f}"
+        lines.append(f"| {name} | {rate} | {one['mean']:.2f} ({one['standard_error']:.2f}) | {difference} | {loss} |")
     return "\n".join(lines)
 
 
@@ -129,23 +134,7 @@ def parse(doc: str | None, settings: Mapping[str, Any], argv: list[str] | None) 
     """
     parser = options.parser(doc, settings)
     parser.add_argument("--data", type=Path, metavar="DIR", default=DATA, help=f"where the packages lie ({DATA})")
-    parser.add_argument(
-        "--also",
-        nargs="+",
-        type=_at_rate,
-        metavar="NAME=RATE",
-        default=[],
-        help="train the fresh seeds with these learning rates too, whichever were chosen",
-    )
     return options.parse(parser, settings, argv)
-
-
-def _at_rate(text: str) -> tuple[str, float]:
-    name, _, rate = text.partition("=")
-    try:
-        return name, float(rate)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=RATE, as in AdamW=0.001") from None
 
 
 def report(

@@ -35,7 +35,7 @@ def wanted(losses: dict[float, float], centre: float, count: int) -> list[float]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was tried on seed 0, by learning rate, and the runs of fresh seeds at the best."""
+    """What was tried on seed 0, by learning rate, and the runs of fresh seeds at the best, or at one that was given."""
 
     by_rate: dict[float, dict[str, Any]]
     lr: float
@@ -47,7 +47,7 @@ class Tuned:
 
     @property
     def at_edge(self) -> bool:
-        return next_rate(self.losses) is not None
+        return bool(self.by_rate) and next_rate(self.losses) is not None
 
 
 def tune(
