@@ -61,6 +61,7 @@ class Ranks:
 
 
 def _serve(rank: int, count: int, rendezvous: Path, connection: Connection) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))  # bench/, where tests put it first, has an engines.py too
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
     import torch
 
