@@ -33,7 +33,6 @@ whose noise may move it; the runs are far too short to say how a BERT ends. LaPr
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.util
 import math
@@ -41,7 +40,7 @@ import statistics
 import sys
 import time
 from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,10 @@ class Setting:
     rates: int = 4
     fresh_seeds: int = 3
     corpus_size: float = 6.0  # MB
-    device: str = "cpu"
+
+    @property
+    def device(self) -> str:
+        return next(iter(self.cases.values())).device
 
 
 SMALL = training.Setting(
@@ -107,9 +109,7 @@ SETTINGS = {
         **TWO,
     ),
     # Never run. Text for it must be given: the documentation of packages is read dozens of times.
-    "gpu": Setting(
-        {"batch 512": LARGE, "batch 4096": replace(LARGE, batch=4096)}, rates=5, corpus_size=60.0, device="cuda"
-    ),
+    "gpu": Setting({"batch 512": LARGE, "batch 4096": replace(LARGE, batch=4096)}, rates=5, corpus_size=60.0),
 }
 TARGET_MARGIN = 0.1
 Texts = dict[str, training.Text]  # by case
@@ -164,7 +164,7 @@ def compare(
     def key(run: Run) -> dict[str, Any]:
         (case, name), lr, seed = run
         return {
-            **dataclasses.asdict(setting.cases[case]),
+            **asdict(setting.cases[case]),
             "optimizer": name,
             "lr": lr,
             "seed": seed,
@@ -183,10 +183,9 @@ def compare(
     centres = {(case, name): CONTENDERS[name].centre for case in setting.cases for name in names}
     fresh = range(tuning.SEED + 1, tuning.SEED + 1 + setting.fresh_seeds)
     tuned = tuning.tune(get, centres, setting.rates, fresh)
-    others = get([((case, name), lr, seed) for case in setting.cases for name, lr in also for seed in fresh])
-    for (case, name), lr in {run[:2]: None for run in others}:
-        beside = [others[(case, name), lr, seed] for seed in fresh]
-        tuned[case, f"{name} at {lr:g}"] = tuning.Tuned({}, lr, beside)
+    beside = [((case, name), lr) for case in setting.cases for name, lr in also]
+    for ((case, name), lr), one in tuning.given(get, beside, fresh).items():
+        tuned[case, f"{name} at {lr:g}"] = one
     return {
         "baseline": setting.baseline,
         "runs": sum(len(one.by_rate) + len(one.fresh) for one in tuned.values()),
@@ -203,7 +202,7 @@ def _case(case: str, setting: Setting, text: training.Text, tuned: dict[str, tun
     target = base and _target(base.fresh, width)
     return {
         "case": case,
-        "setting": dataclasses.asdict(setting.cases[case]),
+        "setting": asdict(setting.cases[case]),
         "text": text.facts,
         "unigram": text.unigram,
         "window": width,
@@ -326,8 +325,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     print(f"{record['runs']} runs, this time {time.perf_counter() - begin:.0f} s")
     print(table(record))
-    name = "compare_optimizers" if args.setting == "cpu" else f"compare_optimizers_{args.setting}"
-    plots.write(args, name, record, figure.draw)
+    plots.write(args, options.record_name(args, "compare_optimizers"), record, figure.draw)
     return 0
 
 

@@ -41,6 +41,11 @@ def check_also(also: Iterable[tuple[str, float]], names: Collection[str]) -> Non
         raise SystemExit(f"--also {unknown[0]}: not one of {', '.join(names)}")
 
 
+def record_name(args: argparse.Namespace, name: str) -> str:
+    """That of the experiment, with the setting's where that is not "cpu"."""
+    return name if args.setting == "cpu" else f"{name}_{args.setting}"
+
+
 def parse(parser: argparse.ArgumentParser, settings: Mapping[str, Any], argv: list[str] | None) -> argparse.Namespace:
     """The arguments; torch then uses one thread.
 

@@ -73,26 +73,22 @@ def compare(
         return runs.kept.get(wanted, key, runs.make, say)
 
     tuned = tuning.tune(get, {name: each.centre for name, each in contenders.items()}, rates, seeds)
+    for (name, lr), one in tuning.given(get, runs.also, seeds).items():
+        tuned[f"{name} at {lr:g}"] = one
     found = {
         name: {
             "lr": one.lr,
             "at_edge": one.at_edge,
             "by_rate": {f"{lr:g}": run for lr, run in one.by_rate.items()},
-            **_columns(one.fresh, score),
+            score: [run[score] for run in one.fresh],
+            "validation": [run["validation"] for run in one.fresh],
         }
         for name, one in tuned.items()
     }
-    others = get([(name, lr, seed) for name, lr in runs.also for seed in seeds])
-    for name, lr in runs.also:
-        found[f"{name} at {lr:g}"] = {"lr": lr, **_columns([others[name, lr, seed] for seed in seeds], score)}
     for one in found.values():
         one["mean"], one["standard_error"] = _mean(one[score])
         one[f"minus_{baseline}"] = _mean([a - b for a, b in zip(one[score], found[baseline][score], strict=True)])
     return found
-
-
-def _columns(fresh: list[dict[str, Any]], score: str) -> dict[str, Any]:
-    return {score: [run[score] for run in fresh], "validation": [run["validation"] for run in fresh]}
 
 
 def _mean(values: list[float]) -> tuple[float, float]:
@@ -104,7 +100,7 @@ def table(found: dict[str, Any], baseline: str, score: str) -> str:
     """Means and differences, standard errors in brackets, and the mean loss to choose by, as Markdown."""
     lines = [f"| | best lr | {score} | less {baseline}'s | loss |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, one in found.items():
-        rate = f"{one['lr']:g}{' (edge)' if one.get('at_edge') else ''}"
+        rate = f"{one['lr']:g}{' (edge)' if one['at_edge'] else ''}"
         difference = "{:+.2f} ({:.2f})".format(*one[f"minus_{baseline}"])
         losses = one["validation"]
         loss = "infinite" if None in losses else f"{statistics.mean(losses):.3f}"
@@ -146,9 +142,9 @@ def report(
     baseline: str,
     score: str,
 ) -> None:
-    """Makes the runs that are missing in NAME.jsonl, prints the table and writes what the options ask for. The name of
-    another setting than "cpu" is added to the experiment's."""
-    name = name if args.setting == "cpu" else f"{name}_{args.setting}"
+    """Makes the runs that are missing in NAME.jsonl, prints the table and writes what the options ask for, by the
+    `options.record_name`."""
+    name = options.record_name(args, name)
     begin = time.perf_counter()
     with in_processes(train, args.jobs) as make:
         record = compare(Runs(tuning.Runs(args.out and args.out / f"{name}.jsonl"), make, args.also))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,28 +50,31 @@ class Tuned:
         return bool(self.by_rate) and next_rate(self.losses) is not None
 
 
+Get = Callable[[list[Run]], dict[Run, dict[str, Any]]]  # the runs asked for, all that can be made side by side
+
+
 def tune(
-    get: Callable[[list[Run]], dict[Run, dict[str, Any]]],
+    get: Get,
     centres: Mapping[Any, float],
     rates: int,
     seeds: Sequence[int],
 ) -> dict[Any, Tuned]:
-    """Each key of ``centres`` with the rates that are `wanted`, then with the best of them on each of ``seeds``.
-
-    Args:
-        get: The runs asked for, all that can be made side by side.
-    """
+    """Each key of ``centres`` with the rates that are `wanted`, then with the best of them on each of ``seeds``."""
     tried: dict[Any, dict[float, dict[str, Any]]] = {key: {} for key in centres}
     losses: dict[Any, dict[float, float]] = {key: {} for key in centres}
     while runs := [(key, lr, SEED) for key, centre in centres.items() for lr in wanted(losses[key], centre, rates)]:
         for (key, lr, _), run in get(runs).items():
             tried[key][lr], losses[key][lr] = run, final(run)
     best = {key: best_rate(losses[key]) for key in centres}
-    fresh = get([(key, best[key], seed) for key in centres for seed in seeds])
-    return {
-        key: Tuned(dict(sorted(tried[key].items())), best[key], [fresh[key, best[key], seed] for seed in seeds])
-        for key in centres
-    }
+    fresh = given(get, best.items(), seeds)
+    return {key: replace(one, by_rate=dict(sorted(tried[key].items()))) for (key, _), one in fresh.items()}
+
+
+def given(get: Get, rates: Iterable[tuple[Any, float]], seeds: Sequence[int]) -> dict[tuple[Any, float], Tuned]:
+    """Keys with rates that were not searched for, on each of ``seeds``."""
+    rates = list(rates)
+    runs = get([(key, lr, seed) for key, lr in rates for seed in seeds])
+    return {(key, lr): Tuned({}, lr, [runs[key, lr, seed] for seed in seeds]) for key, lr in rates}
 
 
 def next_rate(losses: dict[float, float]) -> float | None:
