@@ -11,23 +11,23 @@ documentation of the installed Python packages, as `bert_pretrain.py` does. A se
 where AdamW and MAdam take part alone, with 0.98, batch size, depth, length, warm-up or steps, of which one is changed
 at a time. In each case and for each optimizer
 
-- the same number of learning rates is tried on seed 0, a factor of 2 apart around a centre that is the same for all of
-  Adam's kin, and while the best is at an edge of the grid one more beyond it, at most twice. The smallest loss on
-  held-out text decides;
-- with that rate it is trained again on fresh seeds. What is compared are these runs.
+- the same number of learning rates is tried on two seeds, a factor of 2 apart around a centre that is the same for all
+  of Adam's kin, and while the best is at an edge of the grid one more beyond it, at most twice. The smallest mean loss
+  on held-out text decides, which is infinite where a run diverged;
+- with that rate it is trained again on three fresh seeds. What is compared are these runs.
 
 All else is the same: weights and order of the text of a seed, masks, 10 % warm-up and decay by a square root,
 gradients clipped to norm 1, decoupled weight decay 0.1 on matrices (Adam and SGD: none). Betas and epsilons are not
 tuned: see compare/contenders.py, whose last three have 0.98 in place of 0.999.
 
 A run has diverged, and is ended, when its loss is no number or, after warm-up, on average of 5 % of the steps above
-that of the first step. A rate is stable if training ends below the loss of guessing without context. "Steps to
-target" are those until the mean training loss of 5 % of the steps is at the target: what AdamW's median run on fresh
-seeds ends with, plus 0.1. The step size is the mean |change of a parameter| without weight decay (of LAMB with it), the
-paper's Figure 5.
+that of the first step. A rate is stable if training on both seeds ends, on average below the loss of guessing without
+context. "Steps to target" are those until the mean training loss of 5 % of the steps is at the target: what AdamW's
+median run on fresh seeds ends with, plus 0.1. The step size is the mean |change of a parameter| without weight decay
+(of LAMB with it), the paper's Figure 5.
 
-Not controlled: the corpus depends on what is installed; the best rate is known to a factor of 2 only and from one seed,
-whose noise may move it; the runs are far too short to say how a BERT ends. LaProp and AdaBelief are those of
+Not controlled: the corpus depends on what is installed; the best rate is known to a factor of 2 only and from two
+seeds, whose noise may move it; the runs are far too short to say how a BERT ends. LaProp and AdaBelief are those of
 `pytorch_optimizer`, and are left out where that is not installed; LAMB is `bert/optimizers.py`.
 """
 
@@ -65,8 +65,7 @@ class Setting:
     cases: dict[str, training.Setting]
     names: tuple[str, ...] = tuple(CONTENDERS)
     baseline: str = "AdamW"
-    rates: int = 4
-    fresh_seeds: int = 3
+    budget: tuning.Budget = tuning.Budget(rates=4, chosen_on=2, fresh=3)  # noqa: RUF009  it is frozen
     corpus_size: float = 6.0  # MB
 
     @property
@@ -109,7 +108,11 @@ SETTINGS = {
         **TWO,
     ),
     # Never run. Text for it must be given: the documentation of packages is read dozens of times.
-    "gpu": Setting({"batch 512": LARGE, "batch 4096": replace(LARGE, batch=4096)}, rates=5, corpus_size=60.0),
+    "gpu": Setting(
+        {"batch 512": LARGE, "batch 4096": replace(LARGE, batch=4096)},
+        budget=tuning.Budget(rates=5, chosen_on=1, fresh=3),
+        corpus_size=60.0,
+    ),
 }
 TARGET_MARGIN = 0.1
 Texts = dict[str, training.Text]  # by case
@@ -124,7 +127,7 @@ class Progress:
     """Tells of each run that was made, and how long those to come may take."""
 
     def __init__(self, setting: Setting, optimizers: int, also: int, jobs: int):
-        each = optimizers * (setting.rates + tuning.EXTENSIONS) + (optimizers + also) * setting.fresh_seeds
+        each = optimizers * setting.budget.runs + also * setting.budget.fresh
         self.left = dict.fromkeys(setting.cases, each)  # at most
         self.setting, self.jobs = setting, jobs
         self.seconds = self.cost = 0.0  # of what was made
@@ -181,14 +184,14 @@ def compare(
         return runs.get(wanted, key, make, progress.made)
 
     centres = {(case, name): CONTENDERS[name].centre for case in setting.cases for name in names}
-    fresh = range(tuning.SEED + 1, tuning.SEED + 1 + setting.fresh_seeds)
-    tuned = tuning.tune(get, centres, setting.rates, fresh)
+    tuned = tuning.tune(get, centres, setting.budget)
     beside = [((case, name), lr) for case in setting.cases for name, lr in also]
-    for ((case, name), lr), one in tuning.given(get, beside, fresh).items():
+    for ((case, name), lr), one in tuning.given(get, beside, setting.budget.fresh_seeds).items():
         tuned[case, f"{name} at {lr:g}"] = one
     return {
         "baseline": setting.baseline,
-        "runs": sum(len(one.by_rate) + len(one.fresh) for one in tuned.values()),
+        "budget": asdict(setting.budget),
+        "runs": sum(sum(map(len, one.by_rate.values())) + len(one.fresh) for one in tuned.values()),
         "cases": [
             _case(case, setting, texts[case], {name: one for (its, name), one in tuned.items() if its == case})
             for case in setting.cases
@@ -220,8 +223,8 @@ def _optimizer(
         "lr": one.lr,
         "at_edge": one.at_edge,
         "by_rate": [
-            {"lr": lr, "validation": run["validation"], "diverged_at": run["diverged_at"]}
-            for lr, run in one.by_rate.items()
+            {"lr": lr, **{entry: [run[entry] for run in runs] for entry in ("validation", "diverged_at")}}
+            for lr, runs in one.by_rate.items()
         ],
         "largest_stable_lr": stable,
         "unstable_rate_was_tried": stable is not None and stable < max(one.losses),

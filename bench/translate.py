@@ -2,30 +2,30 @@
 
     python bench/translate.py [--setting cpu|long|gpu] [--data DIR] [--jobs N] [--out DIR]
 
-On two cores less than half an hour, and the long setting (LaProp and LaMAdam alone, three times the steps, dropout
-0.1, two rates and three fresh seeds) an hour of one; the same again goes on after an interruption. The texts are the
-messages of two programs, pretix (selling tickets) and Gramps (genealogy), and their translations, read from the wheels
-on PyPI, which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named with the command that gets it).
-These are some 8,000 pairs of 2 to 30 words without markup, no two of which have the same German or the same English
-but for case, placeholders, digits and punctuation: 500 to choose by, 1,000 to test, the others to train on, drawn anew
-for each seed; so is a BPE vocabulary for both languages, from what is trained on alone.
+On two cores less than half an hour, and the long setting (LaProp and LaMAdam alone, three times the steps, dropout 0.1,
+two rates, tried on one seed, and three fresh ones) an hour of one; the same again goes on after an interruption. The
+texts are the messages of two programs, pretix (selling tickets) and Gramps (genealogy), and their translations, read
+from the wheels on PyPI, which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named with the command
+that gets it). These are some 8,000 pairs of 2 to 30 words without markup, no two of which have the same German or the
+same English but for case, placeholders, digits and punctuation: 1,000 to test, the others to train on, drawn anew for
+each seed; so is a BPE vocabulary for both languages, from what is trained on alone.
 
 The layers of encoder and decoder are post-norm, as fairseq's, and one embedding serves both and the output; label
-smoothing 0.1, decoupled weight decay 1e-4 of matrices, no clipping. The learning rate has three stages: it rises for
-a tenth of the steps, stays for four, and falls by a constant factor a step to a hundredth. For each optimizer four
-rates (on a GPU five), a factor of 2 apart, are tried on seed 0, and while the best is at an edge one more beyond it,
-at most twice: the rate with the highest BLEU on the 500 counts (the loss goes on falling where the texts get worse).
-With it the network is trained on five fresh seeds (ten), which have other weights, another division and another
-order; all optimizers have the same. Printed are means and standard errors of the BLEU (sacrebleu's) of greedy
-decoding of the test pairs, and of the difference from LaProp's on the same seeds.
+smoothing 0.1, decoupled weight decay 1e-4 of matrices, no clipping. The learning rate has three stages: it rises for a
+tenth of the steps, stays for four, and falls by a constant factor a step to a hundredth. For each optimizer three rates
+(on a GPU five), a factor of 2 apart, are tried on two seeds, and while the best is at an edge one more beyond it, at
+most twice: the rate with the highest mean BLEU counts (the loss goes on falling where the texts get worse). With it the
+network is trained on five fresh seeds (ten), which have other weights, another division and another order; all
+optimizers have the same. Printed are means and standard errors of the BLEU (sacrebleu's) of greedy decoding of the test
+pairs, and of the difference from LaProp's on the same seeds.
 
-Not controlled: betas, epsilons and decay are not tuned, the best rate is known to a factor of 2 and from one seed,
-and messages of one program resemble each other, so BLEU is no measure of how well other texts would be translated.
+Not controlled: betas, epsilons and decay are not tuned, the best rate is known to a factor of 2, texts that one seed
+tests may be among those that another trains on, and messages of one program resemble each other, so BLEU is no measure
+of how well other texts would be translated.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gettext
 import io
@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare import paired
+from compare import paired, tuning
 from compare.contenders import package
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -47,7 +47,6 @@ from torch.nn.utils.rnn import pad_sequence
 from maxva_kernels import LaMAdam, MAdam
 from maxva_kernels.recipe import param_groups_weight_decay
 
-BASELINE = "LaProp"
 WHEELS = ("pretix-2026.8.0-py3-none-any.whl", "gramps-6.0.8-py3-none-any.whl")
 WORDS = range(2, 31)
 DECAY, SMOOTHING = 1e-4, 0.1
@@ -69,18 +68,16 @@ class Setting:
     layers: int  # of the encoder, and of the decoder
     heads: int
     dropout: float
-    rates: int
-    fresh: int
+    budget: tuning.Budget
     contenders: tuple[str, ...] = ("AdamW", "LaProp", "MAdam", "LaMAdam")
-    chosen_by: int = 500
     tested: int = 1000
 
 
 SETTINGS = {
     # On a CPU no dropout: it costs a quarter of the time, and in four epochs nothing is learned by heart.
-    "cpu": Setting("cpu", 800, 500, 2000, 96, 2, 4, 0.0, rates=4, fresh=5),
-    "long": Setting("cpu", 2400, 500, 2000, 96, 2, 4, 0.1, rates=2, fresh=3, contenders=("LaProp", "LaMAdam")),
-    "gpu": Setting("cuda", 3000, 4000, 4000, 256, 4, 4, 0.3, rates=5, fresh=10),
+    "cpu": Setting("cpu", 800, 500, 2000, 96, 2, 4, 0.0, tuning.Budget(rates=3, chosen_on=2, fresh=5)),
+    "long": Setting("cpu", 2400, 500, 2000, 96, 2, 4, 0.1, tuning.Budget(2, 1, 3), ("LaProp", "LaMAdam")),
+    "gpu": Setting("cuda", 3000, 4000, 4000, 256, 4, 4, 0.3, tuning.Budget(rates=5, chosen_on=3, fresh=10)),
 }
 
 
@@ -140,11 +137,10 @@ def bare(text: str) -> str:
     return " ".join(re.findall(r"[^\W\d_]+", PLACEHOLDER.sub(" ", text).casefold()))
 
 
-def divide(pairs: list[Pair], seed: int, setting: Setting) -> tuple[list[Pair], list[Pair], list[Pair]]:
-    """To train on, to choose by, to test."""
+def divide(pairs: list[Pair], seed: int, setting: Setting) -> tuple[list[Pair], list[Pair]]:
+    """To train on, to test."""
     pairs = random.Random(seed).sample(pairs, len(pairs))
-    rest = setting.chosen_by + setting.tested
-    return pairs[rest:], pairs[: setting.chosen_by], pairs[setting.chosen_by : rest]
+    return pairs[setting.tested :], pairs[: setting.tested]
 
 
 def vocabulary(pairs: list[Pair], size: int) -> Any:
@@ -296,24 +292,23 @@ def bleu(hypotheses: list[str], references: list[str]) -> float:
 
 
 def train(name: str, lr: float, seed: int, setting: Setting, pairs: list[Pair]) -> dict[str, Any]:
-    """What BLEU on the pairs to choose by lacks of 100, and BLEU on those to test."""
+    """BLEU on the pairs to test."""
     torch.manual_seed(seed)
-    parts = divide(pairs, seed, setting)
-    tokenizer = vocabulary(parts[0], setting.vocabulary)
-    trained = encode(tokenizer, parts[0])
+    trained, tested = divide(pairs, seed, setting)
+    tokenizer = vocabulary(trained, setting.vocabulary)
+    ids = encode(tokenizer, trained)
     model = Translator(setting, tokenizer.get_vocab_size()).to(setting.device)
     optimizer = CONTENDERS[name].make([{**group, "lr": lr} for group in param_groups_weight_decay(model, DECAY)])
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: stage(step, setting.steps))
     order = random.Random(seed)
-    epochs = itertools.chain.from_iterable(batches(trained, setting, order) for _ in itertools.count())
+    epochs = itertools.chain.from_iterable(batches(ids, setting, order) for _ in itertools.count())
     for source, target in itertools.islice(epochs, setting.steps):
         model.loss(source, target, SMOOTHING).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     model.eval()
-    scores = [translated(model, tokenizer, part, setting) for part in parts[1:]]
-    return {"validation": 100 - scores[0], "BLEU": scores[1]}
+    return {"BLEU": translated(model, tokenizer, tested, setting)}
 
 
 def translated(model: Translator, tokenizer: Any, pairs: list[Pair], setting: Setting) -> float:
@@ -328,31 +323,15 @@ def translated(model: Translator, tokenizer: Any, pairs: list[Pair], setting: Se
     return bleu([hypotheses[i].strip() for i in range(len(pairs))], [english for _, english in pairs])
 
 
-def compare(runs: paired.Runs, pairs: list[Pair], setting: Setting) -> dict[str, Any]:
-    found = paired.compare(
-        runs,
-        {name: CONTENDERS[name] for name in setting.contenders},
-        baseline=BASELINE,
-        score="BLEU",
-        rates=setting.rates,
-        seeds=range(1, setting.fresh + 1),
-        settings={"pairs": len(pairs), **dataclasses.asdict(setting)},
-    )
-    return {"setting": dataclasses.asdict(setting), "pairs": len(pairs), "optimizers": found}
-
-
-def draw(record: dict[str, Any]) -> Any:
-    seeds = record["setting"]["fresh"]
-    title = f"German to English, {record['pairs']:,} pairs: {seeds} seeds, mean and standard error"
-    return paired.figure(record["optimizers"], "BLEU", "BLEU", title)
-
-
 def main(argv: list[str] | None = None) -> None:
     args = paired.parse(__doc__, SETTINGS, argv)
     setting = SETTINGS[args.setting]
     pairs = read(args.data)
     training = functools.partial(train, setting=setting, pairs=pairs)
-    paired.report(args, "translate", training, lambda runs: compare(runs, pairs, setting), draw, BASELINE, "BLEU")
+    contenders = {name: CONTENDERS[name] for name in setting.contenders}
+    title = f"German to English, {len(pairs):,} pairs"
+    experiment = paired.Experiment("translate", contenders, "LaProp", "BLEU", "BLEU", title)
+    paired.report(args, experiment, training, setting, pairs=len(pairs))
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ def check_end_to_end(
     module: ModuleType,
     baseline: str,
     score: str,
-    rates: int,
+    budget: tuning.Budget,
     command: list[str],
     out: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> dict[str, Any]:
-    """Runs a command that writes to ``out``, with two fresh seeds, and again; its record."""
+    """Runs a command that writes to ``out``, and again; its record."""
     made, train, name = [], module.train, module.__name__
     monkeypatch.setattr(module, "train", lambda *args, **data: made.append(args) or train(*args, **data))
     command = [*command, "--jobs", "1", "--out", str(out)]  # in this process, where they are counted
@@ -29,9 +29,13 @@ def check_end_to_end(
     record = json.loads((out / f"{name}.json").read_text())
     assert record["optimizers"].keys() == module.CONTENDERS.keys()
     for optimizer, one in record["optimizers"].items():
-        assert rates <= len(one["by_rate"]) <= rates + tuning.EXTENSIONS, optimizer
-        assert [seed for n, lr, seed in made if (n, lr) == (optimizer, one["lr"])] == [0, 1, 2], optimizer
-        assert one["mean"] == pytest.approx(sum(one[score]) / 2)
+        assert budget.rates <= len(one["by_rate"]) <= budget.rates + tuning.EXTENSIONS, optimizer
+        seeds = [seed for n, lr, seed in made if (n, lr) == (optimizer, one["lr"])]
+        assert seeds == list(range(budget.chosen_on + budget.fresh)), optimizer
+        means = {rate: sum(run[score] for run in runs) for rate, runs in one["by_rate"].items()}
+        assert {len(runs) for runs in one["by_rate"].values()} == {budget.chosen_on}, optimizer
+        assert means[f"{one['lr']:g}"] == max(means.values()), optimizer
+        assert one["mean"] == pytest.approx(sum(one[score]) / budget.fresh)
     assert record["optimizers"][baseline][f"minus_{baseline}"] == [0, 0]
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "| LaMAdam |" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def files(tmp_path_factory):
 
 
 def set_cases(monkeypatch, **cases):
-    setting = compare_optimizers.Setting(cases, rates=2, fresh_seeds=2)
+    setting = compare_optimizers.Setting(cases, budget=tuning.Budget(rates=2, chosen_on=2, fresh=2))
     monkeypatch.setitem(compare_optimizers.SETTINGS, "cpu", setting)
 
 
@@ -87,7 +87,8 @@ def test_all_optimizers_end_to_end(files, trained, tmp_path, monkeypatch, capsys
             fresh = [
                 seed for n, lr, batch, seed in trained if (n, lr, batch) == (name, one["lr"], each["setting"]["batch"])
             ]
-            assert sorted(fresh) == [0, 1, 2], name
+            assert sorted(fresh) == [0, 1, 2, 3], name
+            assert {len(row["validation"]) for row in one["by_rate"]} == {2}, name
             assert len(one["validation"]) == len(one["minus_baseline"]) == len(one["steps_to_target"]) == 2
             ended = [loss for loss in one["validation"] if loss is not None]  # few steps of little text: some do not
             assert one["mean"] == (pytest.approx(sum(ended) / 2) if len(ended) == 2 else None), name
@@ -110,7 +111,7 @@ def test_resumes_without_repeating_a_run(files, trained, tmp_path, monkeypatch):
     counted = training.train
 
     def interrupted(*args):
-        if len(trained) == 5:  # of the 4 to 6 of AdamW, and as many of MAdam
+        if len(trained) == 5:  # of the 6 to 10 of AdamW, and as many of MAdam
             raise KeyboardInterrupt
         return counted(*args)
 
@@ -139,7 +140,7 @@ def test_rates_beside_those_chosen(files, trained, tmp_path, monkeypatch, capsys
     assert compare_optimizers.main(options) == 0
     before, made = read(tmp_path)["cases"], len(trained)
     assert compare_optimizers.main([*options, "--also", "MAdam=0.5"]) == 0
-    assert trained[made:] == [("MAdam", 0.5, batch, seed) for batch in (8, 16) for seed in (1, 2)]
+    assert trained[made:] == [("MAdam", 0.5, batch, seed) for batch in (8, 16) for seed in (2, 3)]
     for each, its in zip(read(tmp_path)["cases"], before, strict=True):
         beside = each["optimizers"].pop("MAdam at 0.5")
         assert each == its
@@ -170,7 +171,7 @@ def test_other_settings_are_other_runs(files, trained, tmp_path, monkeypatch):
         before = len(trained)
         set_cases(monkeypatch, tiny=dataclasses.replace(TINY, **change))
         assert compare_optimizers.main(options) == 0
-        assert len(trained) >= before + 4, change
+        assert len(trained) >= before + 6, change
 
 
 @pytest.mark.parametrize(
@@ -186,15 +187,16 @@ def test_grid_is_extended_where_the_best_is_at_its_edge(best_at, tried, is_edge)
     """Guards against a rule that stops at the edge, or that never stops."""
     asked = []
 
-    def get(runs):
+    def get(runs):  # seed 0 alone would choose a rate twice as large
         asked.extend(run[1:] for run in runs)
-        return {(name, rate, seed): {"validation": abs(math.log2(rate / best_at))} for name, rate, seed in runs}
+        return {run: {"validation": abs(math.log2(run[1] / best_at) - (0.6, -0.3, 0, 0)[run[2]])} for run in runs}
 
-    tuned = tuning.tune(get, {"MAdam": 2.0}, rates=4, seeds=[1, 2])["MAdam"]
-    assert list(tuned.by_rate) == sorted(rate for rate, seed in asked if seed == 0) == tried
+    tuned = tuning.tune(get, {"MAdam": 2.0}, tuning.Budget(rates=4, chosen_on=2, fresh=2))["MAdam"]
+    for choosing in (0, 1):
+        assert list(tuned.by_rate) == sorted(rate for rate, seed in asked if seed == choosing) == tried
     assert tuned.at_edge == is_edge
     assert tuned.lr == min(best_at, 16)
-    assert [run for run in asked if run[1] != 0] == [(tuned.lr, 1), (tuned.lr, 2)]
+    assert [run for run in asked if run[1] > 1] == [(tuned.lr, 2), (tuned.lr, 3)]
 
 
 def test_choice_and_largest_stable_rate_with_diverged_runs():
@@ -231,7 +233,7 @@ def test_diverged_run_is_recorded_as_unstable(files, tmp_path, monkeypatch):
     assert compare_optimizers.main([*files, "--only", "SGD", "--out", str(tmp_path)]) == 0
     for each in read(tmp_path)["cases"]:
         one = each["optimizers"]["SGD"]
-        assert all(row["validation"] is None and row["diverged_at"] < TINY.steps for row in one["by_rate"])
+        assert all(row["validation"] == [None] * 2 and max(row["diverged_at"]) < TINY.steps for row in one["by_rate"])
         assert len(one["by_rate"]) == 2 + tuning.EXTENSIONS  # down from the lowest, in vain
         assert one["largest_stable_lr"] is None
         assert (one["mean"], one["validation"]) == (None, [None, None])

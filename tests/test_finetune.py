@@ -21,10 +21,11 @@ for _name in ("transformers", "tokenizers", "safetensors", "matplotlib", "pytorc
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import finetune  # noqa: E402
+from compare import tuning  # noqa: E402
 from experiments import check_end_to_end  # noqa: E402
 
 WORDS = ["good", "fine", "bad", "poor", "film", "plot", "cast", "scene", "a", "the", "this", "that", "is", "was"]
-TINY = finetune.Setting("cpu", 32, 1, rates=2, fresh=2, chosen_by=16, tested=32)
+TINY = finetune.Setting("cpu", 32, 1, tuning.Budget(rates=2, chosen_on=2, fresh=2), tested=32)
 
 
 def sentences(count: int) -> list[finetune.Text]:
@@ -85,7 +86,9 @@ def test_all_optimizers_end_to_end(folder, tmp_path, monkeypatch, capsys):
     """Guards against a contender that does not run, one that sees other seeds, and runs lost or made twice."""
     monkeypatch.setitem(finetune.SETTINGS, "cpu", TINY)
     command = ["--data", str(folder)]
-    record = check_end_to_end(finetune, "AdamW", "accuracy", TINY.rates, command, tmp_path / "out", monkeypatch, capsys)
+    record = check_end_to_end(
+        finetune, "AdamW", "accuracy", TINY.budget, command, tmp_path / "out", monkeypatch, capsys
+    )
     assert record["texts"] == 300
 
 
@@ -107,7 +110,7 @@ def test_texts_are_divided(folder):
     for setting in (TINY, dataclasses.replace(TINY, trained=None)):
         parts = [finetune.divide(texts, seed, setting) for seed in (1, 1, 2)]
         assert parts[0] == parts[1] != parts[2]
-        assert [len(part) for part in parts[0]] == [setting.trained or 300 - 48, 16, 32]
+        assert [len(part) for part in parts[0]] == [setting.trained or 300 - 32, 32]
         assert len({text for part in parts[0] for text in part}) == sum(map(len, parts[0]))
 
 

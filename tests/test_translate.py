@@ -19,6 +19,7 @@ for _name in ("tokenizers", "sacrebleu", "matplotlib", "pytorch_optimizer"):
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import translate  # noqa: E402
+from compare import tuning  # noqa: E402
 from experiments import check_end_to_end  # noqa: E402
 
 GERMAN = [
@@ -57,7 +58,7 @@ ENGLISH = [
     "here",
     "there",
 ]
-TINY = translate.Setting("cpu", 4, 120, 300, 16, 1, 2, 0.1, rates=2, fresh=2, chosen_by=10, tested=20)
+TINY = translate.Setting("cpu", 4, 120, 300, 16, 1, 2, 0.1, tuning.Budget(rates=2, chosen_on=2, fresh=2), tested=20)
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +107,7 @@ def test_all_optimizers_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(translate.SETTINGS, "cpu", TINY)
     command = ["--data", str(tmp_path)]
     out = tmp_path / "out"
-    record = check_end_to_end(translate, "LaProp", "BLEU", TINY.rates, command, out, monkeypatch, capsys)
+    record = check_end_to_end(translate, "LaProp", "BLEU", TINY.budget, command, out, monkeypatch, capsys)
     assert record["pairs"] == 80
     assert record["optimizers"].keys() == {"AdamW", "LaProp", "MAdam", "LaMAdam"}
 
@@ -149,7 +150,7 @@ def test_pairs_are_divided(tmp_path):
     found = [translate.divide(pairs, seed, TINY) for seed in (1, 1, 2)]
     assert found[0] == found[1] != found[2]
     for parts in found:
-        assert [len(part) for part in parts] == [30, 10, 20]
+        assert [len(part) for part in parts] == [40, 20]
         for side in (0, 1):
             assert len({translate.bare(pair[side]) for part in parts for pair in part}) == 60
 
@@ -221,14 +222,13 @@ def test_decoding_ends(monkeypatch):
 def test_few_pairs_are_learned(monkeypatch):
     """Guards against training or decoding that does not work, and against a run that is not its seed's."""
     pairs = sentences(40, words=4)
-    monkeypatch.setattr(translate, "divide", lambda pairs, seed, setting: (pairs, pairs[:10], pairs))
+    monkeypatch.setattr(translate, "divide", lambda pairs, seed, setting: (pairs, pairs))
     setting = dataclasses.replace(TINY, width=48, steps=150, tokens=400, dropout=0.0)
     runs = [translate.train("LaMAdam", 8e-3, 1, setting, pairs) for _ in range(2)]
     assert runs[0] == runs[1]
     assert runs[0]["BLEU"] > 90
-    assert runs[0]["validation"] < 10
     shuffled = [(german, pairs[i - 7][1]) for i, (german, _) in enumerate(pairs)]
-    monkeypatch.setattr(translate, "divide", lambda pairs, seed, setting: (shuffled, pairs[:10], pairs))
+    monkeypatch.setattr(translate, "divide", lambda pairs, seed, setting: (shuffled, pairs))
     assert translate.train("LaMAdam", 8e-3, 1, setting, pairs)["BLEU"] < 20
 
 

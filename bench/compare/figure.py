@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 import plots
@@ -24,8 +25,9 @@ def draw(record: dict[str, Any]) -> Any:
             colour = {**OTHERS, **plots.COLOURS}[name.split()[0]]
             line = ":" if " at " in name else "--" if name.endswith("0.98") else "-"
             style = {"color": colour, "linestyle": line, "linewidth": 1.2}
-            ended = [row for row in one["by_rate"] if row["validation"] is not None]
-            left.plot([row["lr"] for row in ended], [row["validation"] for row in ended], marker=".", **style)
+            ended = [row for row in one["by_rate"] if None not in row["validation"]]
+            means = [statistics.mean(row["validation"]) for row in ended]
+            left.plot([row["lr"] for row in ended], means, marker=".", **style)
             left.plot([one["lr"]] * len(one["validation"]), one["validation"], "x", color=colour, markersize=4)
             curves = one["curves"]
             label = f"{name.partition(' at ')[0]}, lr {one['lr']:g}"
@@ -33,7 +35,7 @@ def draw(record: dict[str, Any]) -> Any:
             right.plot(curves["measured"], curves["step_size"], **style)
         left.axhline(each["unigram"], color="gray", linestyle=":", linewidth=0.8)
         left.set(xlabel="learning rate", ylabel=f"{each['case']}: loss (nats)")
-        left.set_title("held out: seed 0 by rate; x: fresh seeds at the best")
+        left.set_title(f"held out: mean of {record['budget']['chosen_on']} seeds by rate; x: fresh ones at the best")
         low = min((min(one["curves"]["loss"], default=9.0) for one in each["optimizers"].values()), default=0.0)
         middle.set(xlabel="step", title="training, mean of the fresh seeds", ylim=(low - 0.1, each["unigram"] + 0.6))
         right.set(xlabel="step", title="mean |change of a parameter| in a step")

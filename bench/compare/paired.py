@@ -1,4 +1,4 @@
-"""Optimizers compared by the score of what they trained, each at the learning rate that its loss on seed 0 chose.
+"""Optimizers compared by the score of what they trained, each at the learning rate that scored best on other seeds.
 
 Every optimizer sees the same seeds, so what counts is the difference from a baseline seed by seed, which leaves out
 how good a seed is for all.
@@ -7,6 +7,8 @@ how good a seed is for all.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import math
 import statistics
 import time
@@ -33,35 +35,35 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Runs:
-    """Where runs are kept, what makes those that are missing, and which are wanted beside those of the rule."""
-
-    kept: tuning.Runs
-    make: Make  # the loss to choose by is a run's "validation", None where it is no finite number
-    also: Sequence[tuple[str, float]] = ()  # contenders and rates for the fresh seeds
+class Experiment:
+    name: str  # of what is written
+    contenders: Mapping[str, Contender]
+    baseline: str
+    score: str  # the entry of a run that is compared, the larger the better
+    unit: str
+    title: str  # of the figure
 
 
 def compare(
-    runs: Runs,
-    contenders: Mapping[str, Contender],
-    baseline: str,
-    score: str,
-    rates: int,
-    seeds: Sequence[int],
+    experiment: Experiment,
+    budget: tuning.Budget,
+    kept: tuning.Runs,
+    make: Make,
     settings: dict[str, Any],
+    also: Sequence[tuple[str, float]] = (),
 ) -> dict[str, Any]:
     """By optimizer: what was tried and what came out.
 
     Args:
-        score: The entry of a run that is compared.
-        rates: How many learning rates the grid has.
-        seeds: The fresh ones; the rate is chosen on seed 0.
+        make: Makes the runs that are not ``kept``.
         settings: What else tells runs apart.
+        also: Contenders and rates for the fresh seeds.
 
     Raises:
-        SystemExit: an optimizer of `Runs.also` is none of the contenders.
+        SystemExit: an optimizer of ``also`` is none of the contenders.
     """
-    options.check_also(runs.also, contenders)
+    contenders, baseline, score = experiment.contenders, experiment.baseline, experiment.score
+    options.check_also(also, contenders)
 
     def key(run: Run) -> dict[str, Any]:
         return dict(zip(("optimizer", "lr", "seed"), run, strict=True)) | settings | {"torch": torch.__version__}
@@ -70,18 +72,18 @@ def compare(
         print("{} lr {:g} seed {}: ".format(*run) + f"{score} {result[score]:.2f}", flush=True)
 
     def get(wanted: list[Run]) -> dict[Run, dict[str, Any]]:
-        return runs.kept.get(wanted, key, runs.make, say)
+        return kept.get(wanted, key, make, say)
 
-    tuned = tuning.tune(get, {name: each.centre for name, each in contenders.items()}, rates, seeds)
-    for (name, lr), one in tuning.given(get, runs.also, seeds).items():
+    centres = {name: each.centre for name, each in contenders.items()}
+    tuned = tuning.tune(get, centres, budget, lambda run: -run[score])
+    for (name, lr), one in tuning.given(get, also, budget.fresh_seeds).items():
         tuned[f"{name} at {lr:g}"] = one
     found = {
         name: {
             "lr": one.lr,
             "at_edge": one.at_edge,
-            "by_rate": {f"{lr:g}": run for lr, run in one.by_rate.items()},
-            score: [run[score] for run in one.fresh],
-            "validation": [run["validation"] for run in one.fresh],
+            "by_rate": {f"{lr:g}": runs for lr, runs in one.by_rate.items()},
+            **{entry: [run[entry] for run in one.fresh] for entry in one.fresh[0]},
         }
         for name, one in tuned.items()
     }
@@ -96,28 +98,37 @@ def _mean(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def table(found: dict[str, Any], baseline: str, score: str) -> str:
-    """Means and differences, standard errors in brackets, and the mean loss to choose by, as Markdown."""
-    lines = [f"| | best lr | {score} | less {baseline}'s | loss |", "| --- | ---: | ---: | ---: | ---: |"]
+def table(experiment: Experiment, found: dict[str, Any]) -> str:
+    """Of fresh seeds means and differences, standard errors in brackets, and the mean loss if a run has one; of the
+    others the mean score by rate; as Markdown."""
+    baseline, score = experiment.baseline, experiment.score
+    lines = [f"| | best lr | {score} | less {baseline}'s | loss | {score} by lr, when it was chosen |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
     for name, one in found.items():
         rate = f"{one['lr']:g}{' (edge)' if one['at_edge'] else ''}"
         difference = "{:+.2f} ({:.2f})".format(*one[f"minus_{baseline}"])
-        losses = one["validation"]
-        loss = "infinite" if None in losses else f"{statistics.mean(losses):.3f}"
-        lines.append(f"| {name} | {rate} | {one['mean']:.2f} ({one['standard_error']:.2f}) | {difference} | {loss} |")
+        losses = one.get("loss")
+        loss = "" if losses is None else "infinite" if None in losses else f"{statistics.mean(losses):.3f}"
+        tried = (f"{lr}: {statistics.mean(run[score] for run in runs):.2f}" for lr, runs in one["by_rate"].items())
+        lines.append(
+            f"| {name} | {rate} | {one['mean']:.2f} ({one['standard_error']:.2f}) | {difference} | {loss} "
+            f"| {', '.join(tried)} |"
+        )
     return "\n".join(lines)
 
 
-def figure(found: dict[str, Any], score: str, unit: str, title: str) -> Any:
+def draw(experiment: Experiment, record: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
+    found, score = record["optimizers"], experiment.score
     figure = Figure(figsize=(max(7.0, 0.8 * len(found)), 3.6), layout="constrained")
     axes = figure.subplots()
     for i, one in enumerate(found.values()):
         axes.plot([i] * len(one[score]), one[score], ".", color="0.6")
         axes.errorbar(i, one["mean"], one["standard_error"], fmt="o", capsize=4, color="tab:blue")
     axes.set_xticks(range(len(found)), [name.replace(" at ", "\nat ") for name in found])
-    axes.set(ylabel=unit, title=title)
+    seeds = record["setting"]["budget"]["fresh"]
+    axes.set(ylabel=experiment.unit, title=f"{experiment.title}: {seeds} seeds, mean and standard error")
     axes.grid(alpha=0.3)
     return figure
 
@@ -133,21 +144,23 @@ def parse(doc: str | None, settings: Mapping[str, Any], argv: list[str] | None) 
     return options.parse(parser, settings, argv)
 
 
-def report(
-    args: argparse.Namespace,
-    name: str,
-    train: Train,
-    compare: Callable[[Runs], dict[str, Any]],
-    draw: Callable[[dict[str, Any]], Any],
-    baseline: str,
-    score: str,
-) -> None:
+def report(args: argparse.Namespace, experiment: Experiment, train: Train, setting: Any, **data: Any) -> None:
     """Makes the runs that are missing in NAME.jsonl, prints the table and writes what the options ask for, by the
-    `options.record_name`."""
-    name = options.record_name(args, name)
+    `options.record_name`.
+
+    Args:
+        train: A run has the score, and perhaps "loss", None where that is no finite number.
+        setting: A dataclass that has a ``budget``; all else in it tells runs apart, and so does
+        data: what else the record says.
+    """
+    name = options.record_name(args, experiment.name)
+    settings = dataclasses.asdict(setting)
+    apart = {entry: value for entry, value in (settings | data).items() if entry != "budget"}
     begin = time.perf_counter()
     with in_processes(train, args.jobs) as make:
-        record = compare(Runs(tuning.Runs(args.out and args.out / f"{name}.jsonl"), make, args.also))
+        kept = tuning.Runs(args.out and args.out / f"{name}.jsonl")
+        found = compare(experiment, setting.budget, kept, make, apart, args.also)
     print(f"{time.perf_counter() - begin:.0f} s\n")
-    print(table(record["optimizers"], baseline, score))
-    plots.write(args, name, record, draw)
+    print(table(experiment, found))
+    record = {"setting": settings, **data, "optimizers": found}
+    plots.write(args, name, record, functools.partial(draw, experiment))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,24 @@ from typing import Any
 from compare.workers import Make, Run
 
 EXTENSIONS = 2
-SEED = 0  # on which rates are chosen
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The same for all that are tuned."""
+
+    rates: int  # of the grid
+    chosen_on: int  # so many seeds, from 0 on
+    fresh: int  # and so many after these, which had no say
+
+    @property
+    def fresh_seeds(self) -> range:
+        return range(self.chosen_on, self.chosen_on + self.fresh)
+
+    @property
+    def runs(self) -> int:
+        """Of one optimizer, at most."""
+        return (self.rates + EXTENSIONS) * self.chosen_on + self.fresh
 
 
 def grid(centre: float, count: int) -> list[float]:
@@ -35,46 +53,56 @@ def wanted(losses: dict[float, float], centre: float, count: int) -> list[float]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was tried on seed 0, by learning rate, and the runs of fresh seeds at the best, or at one that was given."""
+    """What was tried, by learning rate, and the runs of fresh seeds at the best, or at one that was given."""
 
-    by_rate: dict[float, dict[str, Any]]
+    by_rate: dict[float, list[dict[str, Any]]]  # each of the seeds to choose on
+    losses: dict[float, float]  # their means
     lr: float
     fresh: list[dict[str, Any]]
 
     @property
-    def losses(self) -> dict[float, float]:
-        return {lr: final(run) for lr, run in self.by_rate.items()}
-
-    @property
     def at_edge(self) -> bool:
-        return bool(self.by_rate) and next_rate(self.losses) is not None
+        return bool(self.losses) and next_rate(self.losses) is not None
 
 
 Get = Callable[[list[Run]], dict[Run, dict[str, Any]]]  # the runs asked for, all that can be made side by side
 
 
+def final(run: dict[str, Any]) -> float:
+    """Held-out loss in the end, infinite where the run diverged."""
+    return math.inf if run["validation"] is None else run["validation"]
+
+
 def tune(
     get: Get,
     centres: Mapping[Any, float],
-    rates: int,
-    seeds: Sequence[int],
+    budget: Budget,
+    loss: Callable[[dict[str, Any]], float] = final,
 ) -> dict[Any, Tuned]:
-    """Each key of ``centres`` with the rates that are `wanted`, then with the best of them on each of ``seeds``."""
-    tried: dict[Any, dict[float, dict[str, Any]]] = {key: {} for key in centres}
+    """Each key of ``centres`` with the rates that are `wanted`, on the seeds to choose on; then on the fresh ones with
+    the rate whose mean ``loss`` is the smallest."""
+    tried: dict[Any, dict[float, list[dict[str, Any]]]] = {key: {} for key in centres}
     losses: dict[Any, dict[float, float]] = {key: {} for key in centres}
-    while runs := [(key, lr, SEED) for key, centre in centres.items() for lr in wanted(losses[key], centre, rates)]:
-        for (key, lr, _), run in get(runs).items():
-            tried[key][lr], losses[key][lr] = run, final(run)
+    while rates := [(key, lr) for key, centre in centres.items() for lr in wanted(losses[key], centre, budget.rates)]:
+        for (key, lr), runs in _on(range(budget.chosen_on), get, rates).items():
+            tried[key][lr], losses[key][lr] = runs, statistics.mean(map(loss, runs))
     best = {key: best_rate(losses[key]) for key in centres}
-    fresh = given(get, best.items(), seeds)
-    return {key: replace(one, by_rate=dict(sorted(tried[key].items()))) for (key, _), one in fresh.items()}
+    return {
+        key: replace(one, by_rate=dict(sorted(tried[key].items())), losses=losses[key])
+        for (key, _), one in given(get, best.items(), budget.fresh_seeds).items()
+    }
 
 
 def given(get: Get, rates: Iterable[tuple[Any, float]], seeds: Sequence[int]) -> dict[tuple[Any, float], Tuned]:
     """Keys with rates that were not searched for, on each of ``seeds``."""
-    rates = list(rates)
+    return {(key, lr): Tuned({}, {}, lr, runs) for (key, lr), runs in _on(seeds, get, list(rates)).items()}
+
+
+def _on(
+    seeds: Sequence[int], get: Get, rates: list[tuple[Any, float]]
+) -> dict[tuple[Any, float], list[dict[str, Any]]]:
     runs = get([(key, lr, seed) for key, lr in rates for seed in seeds])
-    return {(key, lr): Tuned({}, lr, [runs[key, lr, seed] for seed in seeds]) for key, lr in rates}
+    return {(key, lr): [runs[key, lr, seed] for seed in seeds] for key, lr in rates}
 
 
 def next_rate(losses: dict[float, float]) -> float | None:
@@ -94,11 +122,6 @@ def steps_to(losses: list[float], target: float, window: int) -> int | None:
         if sum(losses[step - window : step]) / window <= target:
             return step
     return None
-
-
-def final(run: dict[str, Any]) -> float:
-    """Held-out loss in the end, infinite where the run diverged."""
-    return math.inf if run["validation"] is None else run["validation"]
 
 
 class Runs:
