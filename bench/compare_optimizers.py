@@ -2,9 +2,11 @@
 
     python bench/compare_optimizers.py --out DIR                   24 minutes on two cores
     python bench/compare_optimizers.py --out DIR                   the same again after an interruption: it goes on
-    python bench/compare_optimizers.py --setting varied --out DIR  AdamW and MAdam in other circumstances, 40 min
-    python bench/compare_optimizers.py --setting warmup --out DIR  the same with the longer warm-up, 40 min (both estimated)
+    python bench/compare_optimizers.py --setting varied --out DIR  AdamW and MAdam in other circumstances: 40 minutes*
+    python bench/compare_optimizers.py --setting warmup --out DIR  the same with the longer warm-up: 40 minutes*
     python bench/compare_optimizers.py --setting gpu --corpus text/ --out DIR     hours; has never been run
+
+(* An estimate from runs with a smaller budget.)
 
 SGD, Adam, AdamW, AMSGrad, LaProp, LAMB, AdaBelief, RAdam, MAdam and LaMAdam train the same Post-LN BERT on the
 documentation of the installed Python packages, as `bert_pretrain.py` does. A setting has cases: two batch sizes, or
