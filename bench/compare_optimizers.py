@@ -13,9 +13,9 @@ documentation of the installed Python packages, as `bert_pretrain.py` does. A se
 where AdamW and MAdam take part alone, with 0.98, batch size, depth, length, warm-up or steps, of which one is changed
 at a time. In each case and for each optimizer
 
-- the same number of learning rates is tried on two seeds, a factor of 2 apart around a centre that is the same for all
-  of Adam's kin, and while the best is at an edge of the grid one more beyond it, at most twice. The smallest mean loss
-  on held-out text decides, which is infinite where a run diverged;
+- the same number of learning rates is tried on two seeds (on a GPU one), a factor of 2 apart around a centre that is
+  the same for all of Adam's kin, and while the best is at an edge of the grid one more beyond it, at most twice. The
+  smallest mean loss on held-out text decides, which is infinite where a run diverged;
 - with that rate it is trained again on three fresh seeds. What is compared are these runs.
 
 All else is the same: weights and order of the text of a seed, masks, 10 % warm-up and decay by a square root,

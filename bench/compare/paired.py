@@ -150,8 +150,8 @@ def report(args: argparse.Namespace, experiment: Experiment, train: Train, setti
 
     Args:
         train: A run has the score, and perhaps "loss", None where that is no finite number.
-        setting: A dataclass that has a ``budget``; all else in it tells runs apart, and so does
-        data: what else the record says.
+        setting: A dataclass that has a ``budget``; all else in it tells runs apart.
+        data: What else the record says; it tells runs apart too.
     """
     name = options.record_name(args, experiment.name)
     settings = dataclasses.asdict(setting)
