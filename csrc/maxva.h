@@ -1,6 +1,6 @@
 // MaxVA (arXiv 2006.11918), one coordinate at a time: the only place in C++ where beta is computed.
-// Plain scalar code for host and device; it knows neither torch nor memory. The CPU kernel vectorises it, the CUDA
-// kernel runs it per thread.
+// Plain code for host and device, of a number or of a vector of them; it knows neither torch nor memory. The CPU kernel
+// vectorises it, the CUDA kernel runs it per thread.
 //
 // Note [Centred moments]
 // The paper keeps u~, v~ and w and computes sigma^2 = v~/w - (u~/w)^2 in Eq. 6. In fp32 that difference cancels: where
@@ -161,11 +161,34 @@ MAXVA_FN Coefficients<T> make_coefficients(const Hyperparameters<T>& h, int64_t 
   return c;
 }
 
+// What the formula needs beside arithmetic and comparisons. A vector has its own (cpu/vector.h).
+template <typename T>
+MAXVA_FN T select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+// Where either is a NaN these two give the second.
+template <typename T>
+MAXVA_FN T larger(T x, T y) {
+  return x > y ? x : y;
+}
+template <typename T>
+MAXVA_FN T smaller(T x, T y) {
+  return x < y ? x : y;
+}
+template <typename T>
+MAXVA_FN T magnitude(T x) {
+  return std::fabs(x);
+}
+template <typename T>
+MAXVA_FN T square_root(T x) {
+  return std::sqrt(x);
+}
+
 // What would be stored below the smallest normal number is stored as 0: a coordinate long without gradient would
 // otherwise decay into subnormals, on which CPUs crawl. Explicit, so that every backend does the same. NaN stays.
 template <typename T>
 MAXVA_FN T flush_subnormal(T x) {
-  return std::fabs(x) < std::numeric_limits<T>::min() ? T(0) : x;
+  return select(magnitude(x) < std::numeric_limits<T>::min(), T(0), x);
 }
 
 // One MaxVA update of the centred moments (Eq. 6 and lines 7 to 11 of Algorithm 1; see Note [Centred moments]).
@@ -178,20 +201,19 @@ MAXVA_FN T update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c, const
   // b = 1 - beta. A NaN (r = s = 0) takes the bound that is compared first.
   const T rise = saturated ? r - s : (r - s) * w;
   T b = rise / ((r + s) + rise);
-  b = b > c.one_minus_beta_upper ? b : c.one_minus_beta_upper;
-  b = b < c.one_minus_beta_lower ? b : c.one_minus_beta_lower;
+  b = smaller(larger(b, c.one_minus_beta_upper), c.one_minus_beta_lower);
   T q = b;
   if (!saturated) {
-    b = w == T(0) ? c.first_weight : b;
+    b = select(w == T(0), c.first_weight, b);
     w = w + b * (T(1) - w);
     q = b / w;
-    w = T(1) - w <= c.saturation ? T(1) : w;
+    w = select(T(1) - w <= c.saturation, T(1), w);
   }
   const T p = T(1) - q;
   const T e = q * d;
   u = flush_subnormal(u + e);
   const T variance = p * s + (p * e) * d;  // in this order q = 0 or p = 0 wins over a square that overflows
-  s = variance < std::numeric_limits<T>::min() ? T(0) : variance;  // flush_subnormal of what is not negative
+  s = select(variance < std::numeric_limits<T>::min(), T(0), variance);  // flush_subnormal of what is not negative
   return b;
 }
 
@@ -204,24 +226,31 @@ struct Update {
   T one_minus_beta;
 };
 
-// One step of one coordinate: parameter p, gradient g as stored, momentum m, moments u, s, w, and with AMSGrad the
-// running maximum x of the bias-corrected sqrt(v). The parameter is left to the caller.
-template <Algorithm kAlgorithm, typename T>
-MAXVA_FN Update<T> update(const T p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients<T>& c, const Modes modes) {
-  Update<T> result;
+// A coordinate's step has two halves, which a kernel may run apart. The first: parameter p, gradient g as stored,
+// moments u, s, w, which are updated. Returns the gradient as the second half wants it.
+template <typename T>
+MAXVA_FN T begin_update(const T p, T g, T& u, T& s, T& w, const Coefficients<T>& c, const Modes modes,
+                        Update<T>& result) {
   result.gradient = g = g * c.grad_factor;
   if (modes.decay == WeightDecay::kL2) {
     g = g + c.decay * p;
   }
   result.one_minus_beta = update_moments(g, u, s, w, c, modes.saturated);
+  return g;
+}
 
-  T root_v = std::sqrt(s + u * u);
+// The second: the first's gradient g and moments u, s, w, momentum m, and with AMSGrad the running maximum x of the
+// bias-corrected sqrt(v). The parameter is left to the caller.
+template <Algorithm kAlgorithm, typename T>
+MAXVA_FN void finish_update(const T p, const T g, T& m, const T u, const T s, const T w, T& x, const Coefficients<T>& c,
+                            const Modes modes, Update<T>& result) {
+  T root_v = square_root(s + u * u);
   if (modes.amsgrad) {
-    root_v = root_v <= x ? x : root_v;  // a NaN is kept
+    root_v = select(root_v <= x, x, root_v);  // a NaN is kept
     x = root_v;
   }
   // sqrt(w) y / (sqrt(v~) + eps) with v~ = w v, or y / (sqrt(v) + eps)
-  const T root_w = modes.eps == EpsMode::kPaper && !modes.saturated ? std::sqrt(w) : T(1);
+  const T root_w = modes.eps == EpsMode::kPaper && !modes.saturated ? square_root(w) : T(1);
   const auto normalise = [&](T y) { return (root_w * y) / (root_w * root_v + c.eps); };
   T direction;
   if constexpr (kAlgorithm == Algorithm::kMAdam) {
@@ -235,6 +264,13 @@ MAXVA_FN Update<T> update(const T p, T g, T& m, T& u, T& s, T& w, T& x, const Co
   if (modes.decay == WeightDecay::kDecoupled) {
     result.change = c.decay * p + result.adaptive;
   }
+}
+
+template <Algorithm kAlgorithm, typename T>
+MAXVA_FN Update<T> update(const T p, T g, T& m, T& u, T& s, T& w, T& x, const Coefficients<T>& c, const Modes modes) {
+  Update<T> result;
+  g = begin_update(p, g, u, s, w, c, modes, result);
+  finish_update<kAlgorithm>(p, g, m, u, s, w, x, c, modes, result);
   return result;
 }
 

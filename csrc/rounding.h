@@ -18,9 +18,10 @@ struct RoundingKey {
   uint32_t low, high;
 };
 
-// Random numbers of 16 bits; what is above them is 0.
+// Random numbers of 16 bits; what is above them is 0. A word is a uint32_t or, in the CPU kernel, a vector of them.
+template <typename Word>
 struct RandomBits {
-  uint32_t exp_avg, grad_mean, grad_var, weight_sum, param;
+  Word exp_avg, grad_mean, grad_var, weight_sum, param;
 };
 
 // A bijection that leaves no bit where it was (the finalizer of SplitMix64; Steele et al., 2014).
@@ -39,20 +40,26 @@ MAXVA_FN RoundingKey rounding_key(uint64_t tensor_key, int64_t step) {
 // A hash of 32 bits (two rounds of multiplication and shift; the constants are lowbias32's, by Wellons, 2018), which
 // serves two of the five, and times odd numbers the others: each is uniform, and no two are correlated. Elements whose
 // places are 2^32 apart have the same numbers, which makes neither of them wrong on average.
-MAXVA_FN RandomBits random_bits(RoundingKey key, uint32_t element) {
-  uint32_t x = element + key.low;
+template <typename Word>
+MAXVA_FN RandomBits<Word> random_bits(RoundingKey key, Word element) {
+  Word x = element + key.low;
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = x ^ key.high;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
   x = x ^ (x >> 16);
-  const uint32_t y = x * 0x9e3779b1u;
+  const Word y = x * 0x9e3779b1u;
   return {x & 0xffffu, x >> 16, y & 0xffffu, y >> 16, (x * 0x85ebca77u) >> 16};
 }
 
-// `random` has 16 bits. Infinity stays. So does a NaN, which is only cut: a carry could make it 0. That it is quiet, as
-// all that come from arithmetic, its upper half tells.
+// The bits of x, of which the upper 16 are its rounded form. Infinity stays. So does a NaN, which is only cut: a carry
+// could make it 0. That it is quiet, as all that come from arithmetic, its upper half tells.
+template <typename T, typename Word>
+MAXVA_FN Word add_random(T x, Word random) {
+  return to_bits(x) + select(x == x, random, Word(0));
+}
+
 MAXVA_FN BFloat16 round_stochastically(float x, uint32_t random) {
-  return {static_cast<uint16_t>((to_bits(x) + (x == x ? random : 0u)) >> 16)};
+  return {static_cast<uint16_t>(add_random(x, random) >> 16)};
 }
 
 }  // namespace maxva

@@ -39,11 +39,6 @@ struct StatisticsSums {
 constexpr int kStatisticsFields = sizeof(StatisticsSums<float>) / sizeof(float);
 
 template <typename T>
-MAXVA_FN T magnitude(T x) {
-  return x < T(0) ? -x : x;
-}
-
-template <typename T>
 MAXVA_FN void add_statistics(const Update<T>& of, const Coefficients<T>& c, T& adaptive, T& one_minus_beta, T& at_upper,
                              T& at_lower, T& grad_square) {
   adaptive += magnitude(of.adaptive);

@@ -1,5 +1,6 @@
 // Steps through every combination of dtypes and modes and prints the instruction set and a hash of all parameters,
 // states and sums: whatever compiler and architecture built this, the hash must be the same (test_portability.py).
+// State is kept in the arithmetic's type and, rounded stochastically, in bfloat16.
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -54,9 +55,18 @@ std::vector<char> values(DType dtype, uint64_t& state) {
   return out;
 }
 
-void run(TensorStep t, bool amsgrad, Hash& hash) {
-  const size_t wide = t.param_dtype == DType::kDouble ? 8 : 4;
-  std::vector<std::vector<char>> state(5, std::vector<char>(kCount * wide));
+// With `ones` w is 1 from the beginning.
+void run(TensorStep t, bool amsgrad, bool ones, Hash& hash) {
+  std::vector<std::vector<char>> state(5, std::vector<char>(kCount * size_of(t.state_dtype)));
+  if (ones) {
+    for (int64_t i = 0; i < kCount; ++i) {
+      const BFloat16 narrow = one<BFloat16>();
+      const float wide = 1;
+      const bool is_narrow = t.state_dtype == DType::kBFloat16;
+      const size_t size = size_of(t.state_dtype);
+      std::memcpy(state[3].data() + i * size, is_narrow ? static_cast<const void*>(&narrow) : &wide, size);
+    }
+  }
   uint64_t seed = 7;
   std::vector<char> param = values(t.param_dtype, seed);
   const double decay = t.decay_mode == WeightDecay::kNone ? 0 : 0.1;
@@ -70,6 +80,7 @@ void run(TensorStep t, bool amsgrad, Hash& hash) {
   for (int step = 1; step <= 6; ++step) {
     const std::vector<char> grad = values(t.grad_dtype, seed);
     t.grad = grad.data();
+    t.step = step;
     t.single =
         make_coefficients(make_hyperparameters<float>(0.1, 0.7, 0.5, 0.98, 0.98, 1e-3, decay, decoupled), step, 0.5f);
     t.twice =
@@ -101,7 +112,18 @@ int main() {
     t.algorithm = static_cast<Algorithm>(next(2));
     t.eps_mode = static_cast<EpsMode>(next(2));
     t.decay_mode = static_cast<WeightDecay>(next(3));
-    run(t, next(2) != 0, hash);
+    const bool amsgrad = next(2) != 0;
+    t.state_dtype = t.param_dtype == DType::kDouble ? DType::kDouble : DType::kFloat;
+    run(t, amsgrad, false, hash);
+    if (t.param_dtype == DType::kDouble) {
+      continue;
+    }
+    run(t, amsgrad, true, hash);
+    t.state_dtype = DType::kBFloat16;
+    t.rounding_key = 1234567890123456789u + static_cast<uint64_t>(modes);
+    t.rounds_param = modes % 3 == 0;
+    run(t, amsgrad, false, hash);
+    run(t, amsgrad, true, hash);
   }
   std::printf("%s %016llx\n", kernels().capability, static_cast<unsigned long long>(hash.value));
 }
