@@ -2,8 +2,6 @@
 #if defined(__x86_64__)
 
 // Every header of others comes before the switch: their inline functions must stay baseline code.
-#include <immintrin.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -16,7 +14,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,prefer-vector-width=512")
 #endif
 
-#define MAXVA_AVX2
 #include "cpu/kernels.h"
 #include "cpu/kernels.inc"
 
