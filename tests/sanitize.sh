@@ -6,7 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 cd "$root"
-cp -r setup.py pyproject.toml README.md LICENSE build_backend csrc maxva_kernels triton_kernels tests "$scratch"
+cp -r setup.py pyproject.toml README.md LICENSE build_backend csrc maxva_kernels triton_kernels tests bench "$scratch"
 cd "$scratch"
 rm -f maxva_kernels/*.so
 
@@ -20,4 +20,5 @@ export ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrac
 export PYTHONPATH="$scratch"
 python -c "import maxva_kernels._ops as ops, maxva_kernels; assert maxva_kernels.__file__.startswith('$scratch'), maxva_kernels.__file__; assert not ops.load_error('_C'), ops.load_error('_C')"
 python -m pytest -q --capture=sys -p no:cacheprovider tests/test_step.py tests/test_grad_norm.py tests/test_inputs.py tests/test_ops.py \
+  tests/test_state_dtype.py::test_is_a_step_in_float32_rounded tests/test_state_dtype.py::test_special_values \
   -k "not graph and not opcheck" -m "not simulated"
