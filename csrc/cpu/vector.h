@@ -1,8 +1,8 @@
 // Sixteen numbers side by side, for the formula of maxva.h in place of one: two AVX registers.
 //
 // Note [Vectors in the source]
-// With float32 state the compiler vectorises the loop as well as one could by hand: the divider binds. With 16-bit
-// state gcc's loop has a quarter more instructions than it needs (masks before a pack that ignores what they remove,
+// With float32 state the compiler's loop is as fast as memory. With 16-bit state there are fewer bytes to wait for, and
+// gcc's loop has a quarter more instructions than it needs (masks before a pack that ignores what they remove,
 // each selection once as a float and once as an integer), and a core sees too few of them ahead to fill the time of a
 // division. So that loop is written out (cpu/rounded_loop.h). Arithmetic and comparisons are the vector extension's of
 // gcc and clang, which lets them use what the instruction set has; intrinsics are for what it cannot say. Two
