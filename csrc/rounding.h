@@ -46,9 +46,10 @@ MAXVA_FN RandomBits<Word> random_bits(RoundingKey key, Word element) {
   x = (x ^ (x >> 16)) * 0x7feb352du;
   x = x ^ key.high;
   x = (x ^ (x >> 15)) * 0x846ca68bu;
-  x = x ^ (x >> 16);
+  const Word upper = x >> 16;  // which the last exclusive or leaves as it is
+  x = x ^ upper;
   const Word y = x * 0x9e3779b1u;
-  return {x & 0xffffu, x >> 16, y & 0xffffu, y >> 16, (x * 0x85ebca77u) >> 16};
+  return {x & 0xffffu, upper, y & 0xffffu, y >> 16, (x * 0x85ebca77u) >> 16};
 }
 
 // The bits of x, of which the upper 16 are its rounded form. Infinity stays. So does a NaN, which is only cut: a carry

@@ -22,6 +22,10 @@ struct Begun {
   Floats grad, grad_mean, grad_var, weight_sum;
 };
 
+// So many vectors are begun before they are finished: each half alone needs fewer registers, and is short enough for a
+// core to see the next vector's divisions while it waits for one's.
+constexpr int64_t kAhead = 16;
+
 MAXVA_FN Begun begin_lanes(const RoundedBlock& block, int64_t i, const Coefficients<Floats>& c, const Modes modes) {
   Begun begun;
   begun.grad_mean = load(block.grad_mean + i);
@@ -70,26 +74,20 @@ template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad,
 inline int64_t update_rounded(const RoundedBlock& operands, int64_t n, const Coefficients<float>& coefficients,
                               RoundingKey key, uint32_t place) {
   constexpr Modes kModes{kEps, kDecay, kAmsgrad, kSaturated};
-  // Where w is 1 the halves are short enough for registers to hold what is between them. Then each vector is begun
-  // while the one before is finished, which fills the time of its division.
-  constexpr bool kAhead = kSaturated;
   const RoundedBlock block = operands;
   const Coefficients<Floats> c = broadcast(coefficients);
-  if (n < kLanes) {
-    return 0;
-  }
-  Words places = Words::from(place);
-  Begun next{};
-  if constexpr (kAhead) {
-    next = begin_lanes(block, 0, c, kModes);
-  }
+  Words places = Words::from(place + key.low);
+  key.low = 0;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes, places = places + uint32_t(kLanes)) {
-    const Begun begun = kAhead ? next : begin_lanes(block, i, c, kModes);
-    if constexpr (kAhead) {
-      next = begin_lanes(block, i + 2 * kLanes <= n ? i + kLanes : i, c, kModes);
+  while (i + kLanes <= n) {
+    const int64_t left = (n - i) / kLanes, vectors = left < kAhead ? left : kAhead;
+    Begun begun[kAhead];
+    for (int64_t k = 0; k < vectors; ++k) {
+      begun[k] = begin_lanes(block, i + k * kLanes, c, kModes);
     }
-    finish_lanes<kAlgorithm>(block, i, begun, c, kModes, random_bits(key, places));
+    for (int64_t k = 0; k < vectors; ++k, i += kLanes, places = places + uint32_t(kLanes)) {
+      finish_lanes<kAlgorithm>(block, i, begun[k], c, kModes, random_bits(key, places));
+    }
   }
   return i;
 }

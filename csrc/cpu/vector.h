@@ -119,6 +119,15 @@ MAXVA_FN Floats square_root(Floats x) {
   return {_mm256_sqrt_ps(x.low), _mm256_sqrt_ps(x.high)};
 }
 
+// A number times the sign of a word: 0 where its exponent is 0. An instruction less than with a comparison.
+MAXVA_FN Floats::Register flush_eight(Floats::Register x) {
+  const __m256i exponent = _mm256_and_si256(__m256i(x), _mm256_set1_epi32(0x7f800000));
+  return Floats::Register(_mm256_sign_epi32(__m256i(x), exponent));
+}
+MAXVA_FN Floats flush_subnormal(Floats x) {
+  return {flush_eight(x.low), flush_eight(x.high)};
+}
+
 MAXVA_FN bool any_nan(Floats x) {
   return _mm256_movemask_ps(_mm256_cmp_ps(x.low, x.high, _CMP_UNORD_Q)) != 0;
 }
@@ -132,8 +141,11 @@ MAXVA_FN void store(Floats x, float* to) {
 }
 
 MAXVA_FN Floats::Register widen_eight(const BFloat16* from) {
-  const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  return Floats::Register(_mm256_slli_epi32(words, 16));
+  const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  // Two bytes of zeros (-1) and two of a number, four times from each half: one instruction for widening and shift.
+  const __m256i bytes = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                         -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+  return Floats::Register(_mm256_shuffle_epi8(twice, bytes));
 }
 MAXVA_FN Floats load(const BFloat16* from) {
   return {widen_eight(from), widen_eight(from + 8)};
