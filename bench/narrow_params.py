@@ -32,10 +32,11 @@ def train(runs: Runs) -> dict[str, list[dict[str, Any]]]:
     for seed in SEEDS:
         for variant, done in found.items():
             settings = {"params": variant, "seed": seed, "torch": torch.__version__}
-            run, is_new = runs.get(settings, lambda v=variant, s=seed: bert(s, "--params", v))  # type: ignore[misc]
-            done.append(run)
-            if is_new:
+            run = runs.find(settings)
+            if run is None:
+                run = runs.add(settings, bert(seed, "--params", variant))
                 print(f"seed {seed}, {VARIANTS[variant]}: held out {run['held_out']:.4f}", flush=True)
+            done.append(run)
     return found
 
 

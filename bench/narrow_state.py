@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from maxva_kernels.groups import MOMENTS
 KINDS = ("Gaussian", "biased", "heavy-tailed", "sparse")
 UPPERS = (0.98, 0.999)
 SEEDS = (0, 1, 2)
+Layout = Callable[[dict[str, Tensor], torch.Generator], None]  # makes of float32 state what it would keep
 LABELS = {"float32": "float32", "nearest": "bfloat16, to nearest", "bfloat16": "bfloat16"}
 
 
@@ -59,36 +61,46 @@ def cut(value: Tensor, kept: int, generator: torch.Generator | None) -> None:
     value.copy_(((bits + added) & -whole).view(torch.float32))
 
 
+def stochastic(kept: int) -> Layout:
+    """To so many bits behind the leading one, stochastically."""
+
+    def keep(state: dict[str, Tensor], generator: torch.Generator) -> None:
+        for name in MOMENTS:
+            cut(state[name], kept, generator)
+
+    return keep
+
+
+def nearest(state: dict[str, Tensor], _: torch.Generator) -> None:
+    """To bfloat16."""
+    for name in MOMENTS:
+        cut(state[name], 7, None)
+
+
 def error_of_root_v(
-    kind: str,
-    upper: float,
-    state: str = "bfloat16",
-    kept: int = 7,
-    *,
-    count: int = 16384,
-    steps: int = 2000,
+    kind: str, upper: float, state: str | Layout = "bfloat16", *, count: int = 16384, steps: int = 2000
 ) -> tuple[float, float]:
     """Bias and spread of sqrt(v).
 
     Args:
         kind: of the gradients, one of KINDS.
         upper: the upper bound of beta.
-        state: "bfloat16" as the optimizer keeps it, "float32", "nearest" or "stochastic": float32, which is then
-            rounded in that way to ``kept`` bits behind the leading one.
+        state: "bfloat16" or "float32" as the optimizer keeps it, or float32 of which a layout makes something else.
     """
     exact, tested = (torch.nn.Parameter(torch.zeros(count, dtype=dtype)) for dtype in (torch.float64, torch.float32))
     options: dict[str, Any] = {"lr": 0.0, "beta2_range": (0.5, upper)}
-    narrow = torch.bfloat16 if state == "bfloat16" else None
-    pair = (MAdam([exact], **options), MAdam([tested], **options, state_dtype=narrow))
+    pair = (
+        MAdam([exact], **options),
+        MAdam([tested], **options, state_dtype=torch.bfloat16 if state == "bfloat16" else None),
+    )
     generator, errors = torch.Generator().manual_seed(0), []
     for step in range(steps):
         tested.grad = gradients(kind, count, generator) * 1e-3
         exact.grad = tested.grad.double()
         for optimizer in pair:
             optimizer.step()
-        if state in ("nearest", "stochastic"):
-            for name in MOMENTS:
-                cut(pair[1].state[tested][name], kept, generator if state == "stochastic" else None)
+        if callable(state):
+            state(pair[1].state[tested], generator)
         if step >= steps // 2 and step % 50 == 49:
             truth, found = (
                 root_v(optimizer.state[param]) for optimizer, param in zip(pair, (exact, tested), strict=True)
@@ -108,7 +120,8 @@ def accuracy() -> list[dict[str, Any]]:
         for kind in KINDS:
             row: dict[str, Any] = {"upper": upper, "gradients": kind}
             for state in LABELS:
-                row[state] = dict(zip(("bias", "spread"), error_of_root_v(kind, upper, state), strict=True))
+                found = error_of_root_v(kind, upper, nearest if state == "nearest" else state)
+                row[state] = dict(zip(("bias", "spread"), found, strict=True))
             rows.append(row)
     return rows
 

@@ -2,13 +2,13 @@
 
     python bench/translate.py [--setting cpu|long|gpu] [--data DIR] [--jobs N] [--out DIR]
 
-On two cores some 40 minutes (an estimate from fewer runs), and the long setting (LaProp and LaMAdam alone, three times
-the steps, dropout 0.1, two rates, tried on one seed, and three fresh ones) an hour of one; the same again goes on after
-an interruption. The texts are the messages of two programs, pretix (selling tickets) and Gramps (genealogy), and their
-translations, read from the wheels on PyPI, which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named
-with the command that gets it). These are some 8,000 pairs of 2 to 30 words without markup, no two of which have the
-same German or the same English but for case, placeholders, digits and punctuation: 1,000 to test, the others to train
-on, drawn anew for each seed; so is a BPE vocabulary for both languages, from what is trained on alone.
+On two cores 20 minutes, and the long setting (LaProp and LaMAdam alone, three times the steps, dropout 0.1, two rates,
+tried on one seed, and three fresh ones) half an hour; the same again goes on after an interruption. The texts are the
+messages of two programs, pretix (selling tickets) and Gramps (genealogy), and their translations, read from the wheels
+on PyPI, which have to lie in DIR (`~/.cache/maxva_bench`; what is missing is named with the command that gets it).
+These are some 8,000 pairs of 2 to 30 words without markup, no two of which have the same German or the same English but
+for case, placeholders, digits and punctuation: 1,000 to test, the others to train on, drawn anew for each seed; so is a
+BPE vocabulary for both languages, from what is trained on alone.
 
 The layers of encoder and decoder are post-norm, as fairseq's, and one embedding serves both and the output; label
 smoothing 0.1, decoupled weight decay 1e-4 of matrices, no clipping. The learning rate has three stages: it rises for a

@@ -22,8 +22,8 @@ from compare.contenders import CONTENDERS  # noqa: E402
 
 from maxva_kernels import LaMAdam, MAdam  # noqa: E402
 
-# In so few steps one loss above the first, warm-up over, is a divergence. The tokenizer is another in each training of it,
-# so no choice of seeds helps: losses must fall by more than they scatter, hence this batch and this warm-up.
+# In so few steps one loss above the first, warm-up over, is a divergence. The tokenizer is another in each training of
+# it, so no choice of seeds helps: losses must fall by more than they scatter, hence this batch and this warm-up.
 TINY = training.Setting(
     layers=1, hidden=16, heads=2, vocab=200, length=8, batch=32, steps=12, micro_batch=32, held_out=8, warmup=0.25
 )
