@@ -1,6 +1,6 @@
 """Other layouts of the optimizer's state than bfloat16: what each does to sqrt(v), and to the loss of a small BERT.
 
-    python bench/narrow_layouts.py [--out DIR]      on two cores some 10 minutes
+    python bench/narrow_layouts.py [--out DIR]      23 minutes on two cores, other work beside
 
 The layouts are simulated: the state is MAdam's in float32, and after each step every moment becomes one of the two
 numbers beside it that the layout has, the upper one with the probability that makes it right on average. Where the
