@@ -1,6 +1,7 @@
 """Other layouts of the optimizer's state than bfloat16: what each does to sqrt(v), and to the loss of a small BERT.
 
-    python bench/narrow_layouts.py [--out DIR]      23 minutes on two cores, other work beside
+    python bench/narrow_layouts.py [--out DIR]      23 minutes on two cores, other work beside;
+                                                    the same again goes on after an interruption
 
 The layouts are simulated: the state is MAdam's in float32, and after each step every moment becomes one of the two
 numbers beside it that the layout has, the upper one with the probability that makes it right on average. Where the
@@ -29,15 +30,18 @@ import torch
 from bert import settings as bert_settings
 from compare import training
 from compare.contenders import Contender
+from compare.tuning import Runs
 from compare.workers import Run, in_processes
 from compare_optimizers import SMALL
 from narrow_state import KINDS, UPPERS, cut, error_of_root_v
 from torch import Tensor
 
 from maxva_kernels import MAdam
+from maxva_kernels.groups import MOMENTS
 
 BLOCK = 128
 RATE, SEEDS = 8e-3, range(5)
+SETTING = replace(SMALL, steps=720)
 CORPUS = 6e6  # characters
 
 Rounding = Callable[[Tensor, torch.Generator], Tensor]
@@ -59,10 +63,6 @@ def one_of(codes: Tensor, value: Tensor, generator: torch.Generator) -> Tensor:
     above = torch.searchsorted(codes, value).clamp_(1, len(codes) - 1)
     low, high = codes[above - 1], codes[above]
     return torch.where(torch.rand(value.shape, generator=generator) < (value - low) / (high - low), high, low)
-
-
-def coded(codes: Tensor) -> Rounding:
-    return functools.partial(one_of, codes)
 
 
 def in_blocks(codes: Tensor) -> Rounding:
@@ -88,10 +88,10 @@ def both_signs(codes: Tensor) -> Tensor:
 
 
 SIXTEEN, UNSIGNED = floating(7), floating(8)
-HALF = in_blocks(torch.arange(0x7C00, dtype=torch.int16).view(torch.float16).float() / 65504)
-SIGNED_HALF = in_blocks(both_signs(torch.arange(0x7C00, dtype=torch.int16).view(torch.float16).float() / 65504))
+HALVES = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16).float() / 65504  # all that are finite and positive
+HALF, SIGNED_HALF = in_blocks(HALVES), in_blocks(both_signs(HALVES))
 EIGHT, SIGNED_EIGHT = in_blocks(powers(255, 32)), in_blocks(both_signs(powers(127, 16)))
-SQUARES = coded((torch.arange(256) / 255) ** 2)  # w's smallest is 1 - beta: the squares reach lower
+SQUARES = functools.partial(one_of, (torch.arange(256) / 255) ** 2)  # w's smallest is 1 - beta: the squares reach lower
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Layout:
     weight_sum: Rounding
 
     def __call__(self, state: dict[str, Tensor], generator: torch.Generator) -> None:
-        for name in ("exp_avg", "grad_mean", "grad_var", "weight_sum"):
+        for name in MOMENTS:
             state[name].copy_(getattr(self, name)(state[name], generator))
 
 
@@ -143,7 +143,6 @@ def run(what: tuple[str, ...], number: float, seed: int, text: training.Text) ->
     return training.train(SETTING, text, Contender(lambda groups: Simulated(groups, layout), RATE), number, seed)
 
 
-SETTING = replace(SMALL, steps=720)
 ERRORS: list[Run] = [((name, kind), upper, 0) for name, upper, kind in itertools.product(LAYOUTS, UPPERS, KINDS)]
 TRAINED: list[Run] = [((name,), RATE, seed) for seed, name in itertools.product(SEEDS, ("float32", *LAYOUTS))]
 
@@ -161,7 +160,7 @@ def record(done: dict[Run, dict[str, Any]]) -> dict[str, Any]:
                 if name in LAYOUTS
             },
             "held_out": ends,
-            "less_float32": [a - b if a and b else None for a, b in zip(ends, plain, strict=True)],
+            "less_float32": [None if None in (a, b) else a - b for a, b in zip(ends, plain, strict=True)],
         }
     return found
 
@@ -213,12 +212,19 @@ def main() -> None:
     begin = time.perf_counter()
     source = training.Source(None, CORPUS, bert_settings.resolve({}).cache)
     text = training.Text(SETTING, source)
-    done: dict[Run, dict[str, Any]] = {}
+    runs = Runs(args.out and args.out / "narrow_layouts.jsonl")
+
+    def key(one: Run) -> dict[str, Any]:
+        told_apart = dict(zip(("what", "number", "seed"), one, strict=True))
+        return told_apart | {"tokenizer": text.tokens.tokenizer_hash, "torch": torch.__version__}
+
+    def say(one: Run, result: dict[str, Any]) -> None:
+        what, number, seed = one
+        told = {name: value for name, value in result.items() if name in ("bias", "spread", "validation")}
+        print(f"{', '.join(what)}, {number:g}, seed {seed}: {told}", flush=True)
+
     with in_processes(functools.partial(run, text=text), len(os.sched_getaffinity(0))) as make:
-        for which, result in make(ERRORS + TRAINED):
-            done[which] = result
-            say = {key: value for key, value in result.items() if key in ("bias", "spread", "validation")}
-            print(f"{', '.join(which[0])}, {which[1]:g}, seed {which[2]}: {say}", flush=True)
+        done = runs.get(ERRORS + TRAINED, key, make, say)
     found = record(done)
     print(f"{time.perf_counter() - begin:.0f} s\n\n{table(found)}")
     plots.write(args, "narrow_layouts", {"layouts": found}, draw)

@@ -61,20 +61,14 @@ def cut(value: Tensor, kept: int, generator: torch.Generator | None) -> None:
     value.copy_(((bits + added) & -whole).view(torch.float32))
 
 
-def stochastic(kept: int) -> Layout:
-    """To so many bits behind the leading one, stochastically."""
+def rounded(kept: int, to_nearest: bool = False) -> Layout:
+    """All moments to so many bits behind the leading one, stochastically or to nearest."""
 
     def keep(state: dict[str, Tensor], generator: torch.Generator) -> None:
         for name in MOMENTS:
-            cut(state[name], kept, generator)
+            cut(state[name], kept, None if to_nearest else generator)
 
     return keep
-
-
-def nearest(state: dict[str, Tensor], _: torch.Generator) -> None:
-    """To bfloat16."""
-    for name in MOMENTS:
-        cut(state[name], 7, None)
 
 
 def error_of_root_v(
@@ -89,10 +83,8 @@ def error_of_root_v(
     """
     exact, tested = (torch.nn.Parameter(torch.zeros(count, dtype=dtype)) for dtype in (torch.float64, torch.float32))
     options: dict[str, Any] = {"lr": 0.0, "beta2_range": (0.5, upper)}
-    pair = (
-        MAdam([exact], **options),
-        MAdam([tested], **options, state_dtype=torch.bfloat16 if state == "bfloat16" else None),
-    )
+    narrow = torch.bfloat16 if state == "bfloat16" else None
+    pair = (MAdam([exact], **options), MAdam([tested], **options, state_dtype=narrow))
     generator, errors = torch.Generator().manual_seed(0), []
     for step in range(steps):
         tested.grad = gradients(kind, count, generator) * 1e-3
@@ -120,7 +112,7 @@ def accuracy() -> list[dict[str, Any]]:
         for kind in KINDS:
             row: dict[str, Any] = {"upper": upper, "gradients": kind}
             for state in LABELS:
-                found = error_of_root_v(kind, upper, nearest if state == "nearest" else state)
+                found = error_of_root_v(kind, upper, rounded(7, to_nearest=True) if state == "nearest" else state)
                 row[state] = dict(zip(("bias", "spread"), found, strict=True))
             rows.append(row)
     return rows

@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -89,7 +90,10 @@ def test_the_optimizer_keeps_its_state_in_the_layout():
 def test_layouts_end_to_end(monkeypatch, tmp_path, capsys):
     """Guards against a table or a figure that fails where a run diverged, after all the runs."""
 
+    count = []
+
     def made(wanted):
+        count.append(len(wanted))
         for what, number, seed in wanted:
             diverged = what == ("eight",) and seed == 1
             yield (
@@ -106,7 +110,9 @@ def test_layouts_end_to_end(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(narrow_layouts, "in_processes", lambda train, jobs: Pool())
     monkeypatch.setattr(narrow_layouts.training, "Source", lambda *_: None)
-    monkeypatch.setattr(narrow_layouts.training, "Text", lambda *_: None)
+    monkeypatch.setattr(
+        narrow_layouts.training, "Text", lambda *_: SimpleNamespace(tokens=SimpleNamespace(tokenizer_hash="0"))
+    )
     monkeypatch.setattr(sys, "argv", ["narrow_layouts.py", "--out", str(tmp_path)])
     narrow_layouts.main()
     found = json.loads((tmp_path / "narrow_layouts.json").read_text())["layouts"]
@@ -114,6 +120,9 @@ def test_layouts_end_to_end(monkeypatch, tmp_path, capsys):
     assert found["w8"]["errors"]["0.999"]["sparse"] == {"bias": -1e-3, "spread": 1e-2}
     assert (tmp_path / "narrow_layouts.png").exists()
     assert "| bfloat16 | 8 | 0.1 % | 1 % |" in capsys.readouterr().out
+    narrow_layouts.main()
+    assert count[0] > 0 == count[1]  # all were kept
+    assert json.loads((tmp_path / "narrow_layouts.json").read_text())["layouts"] == found
 
 
 def test_params_end_to_end(monkeypatch, tmp_path):

@@ -306,7 +306,7 @@ def test_root_v_is_unbiased(kind, upper):
 def test_each_bit_halves_the_error():
     """Guards against an error that is not the rounding's: with each bit more it must fall to a half."""
     spreads = [
-        narrow_state.error_of_root_v("Gaussian", 0.98, narrow_state.stochastic(kept), count=4096, steps=400)[1]
+        narrow_state.error_of_root_v("Gaussian", 0.98, narrow_state.rounded(kept), count=4096, steps=400)[1]
         for kept in (6, 7, 8, 9, 10)
     ]
     for wide, narrow in zip(spreads[1:], spreads[:-1], strict=True):

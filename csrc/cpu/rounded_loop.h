@@ -76,7 +76,7 @@ inline int64_t update_rounded(const RoundedBlock& operands, int64_t n, const Coe
   constexpr Modes kModes{kEps, kDecay, kAmsgrad, kSaturated};
   const RoundedBlock block = operands;
   const Coefficients<Floats> c = broadcast(coefficients);
-  Words places = Words::from(place + key.low);
+  Words places = Words::from(place + key.low);  // once, in place of an addition for each vector
   key.low = 0;
   int64_t i = 0;
   while (i + kLanes <= n) {

@@ -119,7 +119,7 @@ MAXVA_FN Floats square_root(Floats x) {
   return {_mm256_sqrt_ps(x.low), _mm256_sqrt_ps(x.high)};
 }
 
-// A number times the sign of a word: 0 where its exponent is 0. An instruction less than with a comparison.
+// maxva.h's with an instruction less: the number's word times the sign of its exponent, which is 0 or 1.
 MAXVA_FN Floats::Register flush_eight(Floats::Register x) {
   const __m256i exponent = _mm256_and_si256(__m256i(x), _mm256_set1_epi32(0x7f800000));
   return Floats::Register(_mm256_sign_epi32(__m256i(x), exponent));
