@@ -8,6 +8,7 @@
 
 #include "check.h"
 #include "cpu/kernels.h"
+#include "cpu/pieces.h"
 #include "cpu/sums.h"
 #include "cpu/tensors.h"
 #include "operands.h"
@@ -19,6 +20,7 @@ namespace {
 constexpr int64_t kGrain = 65536;
 
 struct Chunk {
+  int64_t place;
   const char* data;
   DType dtype;
   int64_t count;
@@ -28,13 +30,8 @@ template <typename T>
 T global_norm(const std::vector<Chunk>& chunks, int64_t total,
               SumOfSquares<T> (*sum_of_squares)(const void*, DType, int64_t)) {
   std::vector<SumOfSquares<T>> sums(chunks.size());
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  const int64_t grain = total == 0 ? 1 : kGrain * count / total + 1;  // chunks that hold kGrain elements
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      sums[i] = sum_of_squares(chunks[i].data, chunks[i].dtype, chunks[i].count);
-    }
-  });
+  for_chunks(chunks, total, kGrain,
+             [&](int64_t i) { sums[i] = sum_of_squares(chunks[i].data, chunks[i].dtype, chunks[i].count); });
   return root(add_up(sums.data(), sums.size()));
 }
 
@@ -52,12 +49,13 @@ Tensor grad_norm_cpu(std::vector<Tensor> grads) {
     if (grad.numel() == 0) {
       continue;
     }
-    total += grad.numel();
     const Tensor& elements = flat.emplace_back(dense(grad));
     const char* data = static_cast<const char*>(elements.const_data_ptr());
     for (int64_t start = 0, size = grad.element_size(); start < grad.numel(); start += kNormChunk) {
-      chunks.push_back({data + start * size, dtype_of(grad), std::min(kNormChunk, grad.numel() - start)});
+      chunks.push_back(
+          {total + start, data + start * size, dtype_of(grad), std::min(kNormChunk, grad.numel() - start)});
     }
+    total += grad.numel();
   }
   Tensor norm = torch::stable::new_empty(grads[0], {}, any_double ? ScalarType::Double : ScalarType::Float);
   if (any_double) {

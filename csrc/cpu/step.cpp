@@ -4,10 +4,10 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
 #include <utility>
 
 #include "cpu/kernels.h"
+#include "cpu/pieces.h"
 #include "cpu/sums.h"
 #include "cpu/tensors.h"
 #include "operands.h"
@@ -18,9 +18,7 @@ namespace {
 
 // Elements below which a thread is not worth waking.
 constexpr int64_t kGrain = 32768;
-// Elements that a thread takes at a time, and then the next: a core may run at four fifths of another's pace, where
-// others use it too, and with halves fixed beforehand all would wait for it.
-constexpr int64_t kPiece = 8 * kStepChunk;
+
 // All tensors of a step as one row of elements: tensors[i] has those from ends[i-1] to ends[i]. Threads divide a tensor
 // by chunks.
 struct Work {
@@ -134,26 +132,27 @@ template <typename T>
 void take_norms(const Work& work, UpdateSquares<T> (*squares_of)(const TensorStep&, int64_t, int64_t), bool twice,
                 double* norms) {
   struct Chunk {
+    int64_t place;
     const TensorStep* tensor;
     int64_t begin, end;
   };
   std::vector<Chunk> chunks;
+  int64_t total = 0;
   for (size_t i = 0; i < work.tensors.size(); ++i) {
     const int64_t count = work.ends[i] - (i == 0 ? 0 : work.ends[i - 1]);
     const bool is_twice = work.tensors[i].param_dtype == DType::kDouble;
     for (int64_t begin = 0; begin < count && is_twice == twice; begin += kStepChunk) {
-      chunks.push_back({&work.tensors[i], begin, std::min(begin + kStepChunk, count)});
+      const int64_t end = std::min(begin + kStepChunk, count);
+      chunks.push_back({total, &work.tensors[i], begin, end});
+      total += end - begin;
     }
   }
   std::vector<SumOfSquares<T>> params(chunks.size()), updates(chunks.size());
-  const auto take = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const auto squares = squares_of(*chunks[i].tensor, chunks[i].begin, chunks[i].end);
-      params[i] = squares.param;
-      updates[i] = squares.update;
-    }
-  };
-  torch::stable::parallel_for(0, static_cast<int64_t>(chunks.size()), kGrain / kStepChunk, take);
+  for_chunks(chunks, total, kGrain, [&](int64_t i) {
+    const auto squares = squares_of(*chunks[i].tensor, chunks[i].begin, chunks[i].end);
+    params[i] = squares.param;
+    updates[i] = squares.update;
+  });
   for (size_t from = 0, to = 0; from < chunks.size(); from = to) {
     const TensorStep* tensor = chunks[from].tensor;
     while (to < chunks.size() && chunks[to].tensor == tensor) {
@@ -218,12 +217,7 @@ void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
     take_norms(work, kernels().update_squares_double, true, norms);
     return;
   }
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, work.total(), kGrain, [&](int64_t, int64_t) {
-    for (int64_t begin; (begin = next.fetch_add(kPiece, std::memory_order_relaxed)) < work.total();) {
-      work.walk(begin, std::min(begin + kPiece, work.total()));
-    }
-  });
+  for_pieces(work.total(), kGrain, [&](int64_t begin, int64_t end) { work.walk(begin, end); });
   for (FlatOperands& operands : work.operands) {
     operands.write_back();
   }
