@@ -34,7 +34,8 @@ MAXVA_FN uint64_t mix(uint64_t x) {
 // `step` is the count of steps with this one.
 MAXVA_FN RoundingKey rounding_key(uint64_t tensor_key, int64_t step) {
   const uint64_t key = mix(tensor_key + static_cast<uint64_t>(step));
-  return {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
+  const uint32_t high = static_cast<uint32_t>(key >> 32);
+  return {static_cast<uint32_t>(key), high ^ (high >> 15)};  // as it is after a shift of random_bits
 }
 
 // A hash of 32 bits (two rounds of multiplication and shift; the constants are lowbias32's, by Wellons, 2018), which
@@ -44,8 +45,7 @@ template <typename Word>
 MAXVA_FN RandomBits<Word> random_bits(RoundingKey key, Word element) {
   Word x = element + key.low;
   x = (x ^ (x >> 16)) * 0x7feb352du;
-  x = x ^ key.high;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  x = (x ^ (x >> 15) ^ key.high) * 0x846ca68bu;
   const Word upper = x >> 16;  // which the last exclusive or leaves as it is
   x = x ^ upper;
   const Word y = x * 0x9e3779b1u;

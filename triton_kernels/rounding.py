@@ -15,7 +15,8 @@ def _mix(x):
 def rounding_key(tensor_key, step):
     """What the elements of a tensor share in a step: two numbers of 32 bits."""
     key = _mix((tensor_key + step).to(tl.uint64))
-    return key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    high = (key >> 32).to(tl.uint32)
+    return key.to(tl.uint32), high ^ (high >> 15)
 
 
 @triton.jit
@@ -23,8 +24,7 @@ def random_bits(low, high, element):
     """For m, u, s, w and the parameter of elements at places given as uint32: 16 random bits each, as uint32."""
     x = element + low
     x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = x ^ high
-    x = (x ^ (x >> 15)) * 0x846CA68B
+    x = (x ^ (x >> 15) ^ high) * 0x846CA68B
     x = x ^ (x >> 16)
     y = x * 0x9E3779B1
     return x & 0xFFFF, x >> 16, y & 0xFFFF, y >> 16, (x * 0x85EBCA77) >> 16

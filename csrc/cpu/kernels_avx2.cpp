@@ -16,7 +16,7 @@
 #pragma GCC target("avx2,prefer-vector-width=256")
 #endif
 
-#define MAXVA_AVX2
+#define MAXVA_REGISTER "cpu/register_avx2.h"
 #include "cpu/kernels.h"
 #include "cpu/kernels.inc"
 

@@ -24,7 +24,7 @@ struct Begun {
 
 // So many vectors are begun before they are finished: each half alone needs fewer registers, and is short enough for a
 // core to see the next vector's divisions while it waits for one's.
-constexpr int64_t kAhead = 16;
+constexpr int64_t kAhead = 256 / kLanes;
 
 MAXVA_FN Begun begin_lanes(const RoundedBlock& block, int64_t i, const Coefficients<Floats>& c, const Modes modes) {
   Begun begun;
