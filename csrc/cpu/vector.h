@@ -1,14 +1,15 @@
 // Numbers side by side, for the formula of maxva.h in place of one: two registers of them.
 //
 // Note [Vectors in the source]
-// With float32 state the compiler's loop is as fast as memory. With 16-bit state there are fewer bytes to wait for, and
-// gcc's loop for AVX2 has a quarter more instructions than it needs (masks before a pack that ignores what they remove,
-// each selection once as a float and once as an integer); for both instruction sets a core sees too few of them ahead
-// to fill the time of a division. So that loop is written out (cpu/rounded_loop.h). Arithmetic and comparisons are the
-// vector extension's of gcc and clang, which lets them use what the instruction set has; intrinsics are for what it
-// cannot say, and stand in register_avx2.h and register_avx512.h. Two registers, because two independent chains of
-// divisions go through the core faster than one after the other. Lanes do not mix, and so the bits are those of the
-// scalar formula.
+// What a core sees ahead of the instruction that it waits for is less than one vector's step, from its loads to its
+// last division: in a loop over elements vectorised by the compiler divisions wait for each other, and the step runs at
+// half to two thirds of the speed of its arithmetic. And gcc's loop for 16-bit state on AVX2 has a quarter more
+// instructions than it needs (masks before a pack that ignores what they remove, each selection once as a float and
+// once as an integer). So the step in float32 is written out (cpu/vector_loop.h), in two halves: many vectors are begun
+// before they are finished. Arithmetic and comparisons are the vector extension's of gcc and clang, which lets them use
+// what the instruction set has; intrinsics are for what it cannot say, and stand in register_avx2.h and
+// register_avx512.h. Two registers, because two independent chains of divisions go through the core faster than one
+// after the other. Lanes do not mix, and so the bits are those of the scalar formula.
 #pragma once
 
 #include <cstdint>

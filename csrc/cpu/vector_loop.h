@@ -1,0 +1,150 @@
+// The loop over float32 arithmetic, written in vectors, see Note [Vectors in the source].
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/vector.h"
+#include "rounding.h"
+
+namespace maxva::cpu {
+namespace {
+
+// A block's operands. Moments are kept in float32 or, rounded stochastically, in bfloat16, see Note [Stochastic
+// rounding].
+template <typename Kept>
+struct VectorBlock {
+  float* param;
+  const float* grad;
+  Kept *exp_avg, *grad_mean, *grad_var, *weight_sum, *max_denom;
+};
+
+// Elements between the two halves of their step.
+struct Begun {
+  Floats grad, grad_mean, grad_var, weight_sum;
+};
+
+// So many vectors are begun before they are finished: each half alone needs fewer registers, and is short enough for a
+// core to see the next vector's divisions while it waits for one's.
+constexpr int64_t kAhead = 256 / kLanes;
+
+MAXVA_FN void nearest(Floats x, float* to) {
+  store(x, to);
+}
+MAXVA_FN void nearest(Floats x, BFloat16* to) {
+  alignas(64) float lanes[kLanes];
+  store(x, lanes);
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    convert(lanes[lane], to[lane]);
+  }
+}
+
+template <typename Kept>
+MAXVA_FN Begun begin_lanes(const VectorBlock<Kept>& block, int64_t i, const Coefficients<Floats>& c,
+                           const Modes modes) {
+  Begun begun;
+  begun.grad_mean = load(block.grad_mean + i);
+  begun.grad_var = load(block.grad_var + i);
+  begun.weight_sum = modes.saturated ? Floats(1) : load(block.weight_sum + i);
+  Update<Floats> unused;
+  begun.grad = begin_update(load(block.param + i), load(block.grad + i), begun.grad_mean, begun.grad_var,
+                            begun.weight_sum, c, modes, unused);
+  return begun;
+}
+
+template <Algorithm kAlgorithm, typename Kept>
+MAXVA_FN void finish_lanes(const VectorBlock<Kept>& block, int64_t i, const Begun& begun, const Coefficients<Floats>& c,
+                           const Modes modes, const RandomBits<Words>& random) {
+  const Floats param = load(block.param + i);
+  Floats exp_avg = load(block.exp_avg + i);
+  Floats most = modes.amsgrad ? load(block.max_denom + i) : Floats(0);
+  Update<Floats> update;
+  finish_update<kAlgorithm>(param, begun.grad, exp_avg, begun.grad_mean, begun.grad_var, begun.weight_sum, most, c,
+                            modes, update);
+  store(param - update.change, block.param + i);
+
+  // Where a moment is a NaN the update is one: so one comparison tells, in the place of one for each moment.
+  const bool special = std::is_same_v<Kept, BFloat16> && any_nan(update.adaptive);
+  const auto keep = [&](Floats value, const Words& its_random, Kept* to) {
+    if constexpr (std::is_same_v<Kept, float>) {
+      store(value, to + i);
+    } else {
+      store_upper(special ? add_random(value, its_random) : to_bits(value) + its_random, to + i);
+    }
+  };
+  keep(exp_avg, random.exp_avg, block.exp_avg);
+  keep(begun.grad_mean, random.grad_mean, block.grad_mean);
+  keep(begun.grad_var, random.grad_var, block.grad_var);
+  if (!modes.saturated) {
+    keep(begun.weight_sum, random.weight_sum, block.weight_sum);
+  }
+  if (modes.amsgrad) {
+    nearest(most, block.max_denom + i);  // of rounded maxima the largest would stay, and grow
+  }
+}
+
+// Updates a block's n elements, which fill vectors. `place` is that of the first.
+template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad, bool kSaturated, typename Kept>
+[[gnu::noinline]] static void update_whole(const VectorBlock<Kept> block, int64_t n,
+                                           const Coefficients<float>& coefficients, RoundingKey key, uint32_t place) {
+  constexpr Modes kModes{kEps, kDecay, kAmsgrad, kSaturated};
+  const Coefficients<Floats> c = broadcast(coefficients);
+  Words places = Words::from(place + key.low);  // once, in place of an addition for each vector
+  key.low = 0;
+  for (int64_t i = 0; i < n;) {
+    const int64_t left = (n - i) / kLanes, vectors = left < kAhead ? left : kAhead;
+    Begun begun[kAhead];
+    for (int64_t k = 0; k < vectors; ++k) {
+      begun[k] = begin_lanes(block, i + k * kLanes, c, kModes);
+    }
+    for (int64_t k = 0; k < vectors; ++k, i += kLanes, places = places + uint32_t(kLanes)) {
+      finish_lanes<kAlgorithm>(block, i, begun[k], c, kModes, random_bits(key, places));
+    }
+  }
+}
+
+// Copies what a step changes of `count` elements.
+template <typename Kept>
+inline void copy(const VectorBlock<Kept>& from, const VectorBlock<Kept>& to, int64_t count, const Modes modes) {
+  std::memcpy(to.param, from.param, count * sizeof(float));
+  std::memcpy(to.exp_avg, from.exp_avg, count * sizeof(Kept));
+  std::memcpy(to.grad_mean, from.grad_mean, count * sizeof(Kept));
+  std::memcpy(to.grad_var, from.grad_var, count * sizeof(Kept));
+  if (!modes.saturated) {
+    std::memcpy(to.weight_sum, from.weight_sum, count * sizeof(Kept));
+  }
+  if (modes.amsgrad) {
+    std::memcpy(to.max_denom, from.max_denom, count * sizeof(Kept));
+  }
+}
+
+// Updates a block's n elements. Those that do not fill a vector are copied to where one has room.
+template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad, bool kSaturated, typename Kept>
+inline void update_vectors(const VectorBlock<Kept>& block, int64_t n, const Coefficients<float>& c, RoundingKey key,
+                           uint32_t place) {
+  constexpr auto update = update_whole<kAlgorithm, kEps, kDecay, kAmsgrad, kSaturated, Kept>;
+  constexpr Modes kModes{kEps, kDecay, kAmsgrad, kSaturated};
+  const int64_t whole = n / kLanes * kLanes, rest = n - whole;
+  update(block, whole, c, key, place);
+  if (rest == 0) {
+    return;
+  }
+  float param[kLanes] = {}, grad[kLanes] = {};
+  Kept moments[5][kLanes] = {};
+  const VectorBlock<Kept> vector{param, grad, moments[0], moments[1], moments[2], moments[3], moments[4]};
+  const VectorBlock<Kept> last{block.param + whole,
+                               block.grad + whole,
+                               block.exp_avg + whole,
+                               block.grad_mean + whole,
+                               block.grad_var + whole,
+                               block.weight_sum + whole,
+                               kAmsgrad ? block.max_denom + whole : nullptr};
+  std::memcpy(grad, last.grad, rest * sizeof(float));
+  copy(last, vector, rest, kModes);
+  update(vector, kLanes, c, key, place + static_cast<uint32_t>(whole));
+  copy(vector, last, rest, kModes);
+}
+
+}  // namespace
+}  // namespace maxva::cpu
