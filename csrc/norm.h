@@ -56,6 +56,14 @@ MAXVA_FN void add_square(T g, T& large, T& medium, T& small) {
   small += up * up;
 }
 
+// Whether add_square changes the medium sum alone, by g^2 as it is.
+template <typename T>
+MAXVA_FN bool is_medium(T g) {
+  using S = NormScale<T>;
+  const T a = g < T(0) ? -g : g;
+  return a < S::kLarge && (a >= S::kSmall || a == T(0));
+}
+
 template <typename T>
 MAXVA_FN T root(const SumOfSquares<T>& sum) {
   using S = NormScale<T>;
