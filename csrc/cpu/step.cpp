@@ -1,6 +1,5 @@
 // maxva::step_ for CPU tensors: one parallel walk over all elements of all tensors, to step them or to take norms.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
