@@ -29,8 +29,8 @@ struct Begun {
 // core to see the next vector's divisions while it waits for one's.
 constexpr int64_t kAhead = 256 / kLanes;
 
-// While a batch of vectors is begun, memory is asked for the next: each array is read for one batch and then left alone for
-// as long, which the hardware does not foresee. Behind a block's end the next block lies, or nothing is fetched.
+// While a batch of vectors is begun, memory is asked for the next: each array is read for one batch and then left alone
+// for as long, which the hardware does not foresee. Behind a block's end the next block lies, or nothing is fetched.
 template <typename T>
 MAXVA_FN void fetch(const T* from) {
   constexpr int64_t kLine = 64 / sizeof(T);
