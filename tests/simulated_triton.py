@@ -19,10 +19,12 @@ try:
     from maxva_kernels.triton_kernels.launcher import TritonLauncher, options
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-except ImportError:  # what needs it is skipped
-    TritonLauncher = object  # type: ignore[assignment, misc]
+except ImportError as error:  # what needs it is skipped
+    TritonLauncher, why_not = object, f"Triton's kernels cannot be imported: {error}"  # type: ignore[assignment, misc]
+else:
+    why_not = ""
 
-needs_triton = pytest.mark.skipif(TritonLauncher is object, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(bool(why_not), reason=why_not)
 
 CAPABILITY = 80
 
