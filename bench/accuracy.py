@@ -43,7 +43,7 @@ def follow(scale: float, mean: float) -> dict[str, float]:
     param = torch.nn.Parameter(zeros.clone())
     optimizer = MAdam([param])
     worst = {"paper": 0.0, "kernel": 0.0}
-    off = {"paper": 0, "kernel": 0}
+    off: dict[str, float] = {"paper": 0, "kernel": 0}
     for step in range(STEPS):
         g = (scale * (mean + torch.randn(COORDINATES, generator=generator, dtype=torch.float64))).float()
         old = {name: value.double() for name, value in optimizer.state[param].items()} if step else {}

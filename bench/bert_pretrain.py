@@ -193,7 +193,7 @@ class Run:
 
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if self.clips_inside:  # the log's norm is no part of the optimizer's time
-            norm = distributed.total_norm([p.grad for p in parameters]) / self.scaler.get_scale()
+            norm = distributed.total_norm([p.grad for p in parameters if p.grad is not None]) / self.scaler.get_scale()
         engine.synchronize()
         before = time.perf_counter()
         if not self.clips_inside:
@@ -265,7 +265,7 @@ class Run:
         )
 
     def _report(self) -> None:
-        if self.engine.rank == 0:
+        if self.log:
             lines = report.read(self.log.path)
             title = f"BERT ({self.s.model}), {self.s.optimizer}"
             report.plot(lines, self.out / "loss.png", self.unigram, title)

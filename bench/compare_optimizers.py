@@ -204,7 +204,7 @@ def compare(
 def _case(case: str, setting: Setting, text: training.Text, tuned: dict[str, tuning.Tuned]) -> dict[str, Any]:
     width = training.window(setting.cases[case].steps)
     base = tuned.get(setting.baseline)
-    target = base and _target(base.fresh, width)
+    target = _target(base.fresh, width) if base else None
     return {
         "case": case,
         "setting": asdict(setting.cases[case]),
@@ -242,7 +242,7 @@ def _optimizer(
     }
 
 
-def _spread(losses: list[float | None]) -> dict[str, float | None]:
+def _spread(losses: list[Any]) -> dict[str, float | None]:
     """No mean of what did not end."""
     if None in losses:
         return {"mean": None, "deviation": None}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,13 +21,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from step import OPTIONS, Contender, bytes_of, measure
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from maxva_kernels import LaMAdam, MAdam
@@ -47,7 +46,8 @@ class Tensors(nn.Module):
 
 
 def shard(model: nn.Module) -> nn.Module:
-    return fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    return model
 
 
 def replicate(model: nn.Module) -> nn.Module:
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(on_rank, (args.ranks, args.rounds, folder), nprocs=args.ranks)
+        spawn(on_rank, (args.ranks, args.rounds, folder), nprocs=args.ranks)
         results = json.loads(Path(folder, "record.json").read_text())
     print(f"torch {torch.__version__}, {args.ranks} ranks by gloo, {TENSORS} tensors of {ELEMENTS} float32\n")
     print(f"{'':24}{'':41}{'host us':>9} {'[min, max]':>16} {'/ fused':>8} {'state B/param':>14}")
@@ -152,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

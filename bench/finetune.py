@@ -186,7 +186,7 @@ def is_narrow(device: str) -> bool:
     """Whether matrices are multiplied in bfloat16: a CPU without instructions for it takes ten times as long."""
     if device != "cpu":
         return True
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # an older torch cannot tell
     return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 

@@ -143,13 +143,13 @@ def network(setting: Setting) -> nn.Module:
     for inputs, outputs, stride in ((64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)):
         layers += [Residual(inputs, outputs, stride), Residual(outputs, outputs, 1)]
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10)]
-    return nn.Sequential(*layers).to(setting.device, memory_format=torch.channels_last)
+    return nn.Sequential(*layers).to(setting.device).to(memory_format=torch.channels_last)
 
 
 def moved(images: Tensor) -> Tensor:
     """Each shifted, with zeros from beyond its edges, and mirrored, or not."""
     count, channels, rows, columns = images.shape
-    at = {"device": images.device}
+    at: dict[str, Any] = {"device": images.device}
     padded = nn.functional.pad(images, (SHIFT,) * 4)
     row, column = (
         torch.randint(2 * SHIFT + 1, (count, 1), **at) + torch.arange(size, **at) for size in (rows, columns)

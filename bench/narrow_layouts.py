@@ -138,7 +138,7 @@ def run(what: tuple[str, ...], number: float, seed: int, text: training.Text) ->
     name, *kind = what
     layout = LAYOUTS.get(name)
     if kind:
-        bias, spread = error_of_root_v(*kind, number, layout or "float32", count=4096)
+        bias, spread = error_of_root_v(kind[0], number, layout or "float32", count=4096)
         return {"bias": bias, "spread": spread}
     return training.train(SETTING, text, Contender(lambda groups: Simulated(groups, layout), RATE), number, seed)
 

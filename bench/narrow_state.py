@@ -12,6 +12,7 @@ keeps it stands bfloat16 rounded to nearest.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -123,7 +124,7 @@ def noisy_quadratic() -> dict[str, Any]:
     found = {}
     for state, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
         losses = quadratic.final_losses(
-            lambda groups, dtype=dtype: MAdam(groups, state_dtype=dtype), quadratic.MADAM, quadratic.SETTINGS[:1]
+            functools.partial(MAdam, state_dtype=dtype), quadratic.MADAM, quadratic.SETTINGS[:1]
         )[..., 0]
         for i, bounds in enumerate(quadratic.RANGES):
             rows = losses[i * len(quadratic.RATES) : (i + 1) * len(quadratic.RATES)]
@@ -166,7 +167,7 @@ def bert_runs() -> dict[str, list[dict[str, Any]]]:
 def draw(record: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    trained = record.get("bert")
+    trained: Any = record.get("bert")
     figure = Figure(figsize=(11 if trained else 7, 4), layout="constrained")
     right, *others = [figure.subplots()] if not trained else figure.subplots(1, 2)
     for axes in others:

@@ -119,7 +119,7 @@ def read(folder: Path) -> list[Pair]:
 def messages(catalogue: bytes) -> Iterator[Pair]:
     """The messages of a compiled catalogue (.mo), less those with a plural or markup, too short ones and too long."""
     # There is no public way to all messages; this one is as old as the module.
-    for message, german in gettext.GNUTranslations(io.BytesIO(catalogue))._catalog.items():
+    for message, german in gettext.GNUTranslations(io.BytesIO(catalogue))._catalog.items():  # type: ignore[attr-defined]
         if isinstance(message, str):
             pair = plain(german), plain(message.rpartition("\4")[2])  # what \4 ends is a context
             fit = all(len(text.split()) in WORDS and bare(text) and not MARKUP.search(text) for text in pair)
@@ -195,6 +195,8 @@ def batches(ids: list[Ids], setting: Setting, order: random.Random) -> Iterator[
 
 class Translator(nn.Module):
     """torch's Transformer between one embedding for all that is put in and what comes out."""
+
+    positions: Tensor
 
     def __init__(self, setting: Setting, size: int, longest: int = 512):
         super().__init__()
@@ -315,7 +317,7 @@ def translated(model: Translator, tokenizer: Any, pairs: list[Pair], setting: Se
     """BLEU of the German texts' translations."""
     german = [ids for ids, _ in encode(tokenizer, pairs)]
     by_length = sorted(range(len(german)), key=lambda i: len(german[i]))
-    hypotheses = {}
+    hypotheses: dict[int, str] = {}
     for i in range(0, len(by_length), 100):
         some = by_length[i : i + 100]
         found = model.translate(padded([german[j] for j in some], setting.device))

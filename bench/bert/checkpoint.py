@@ -6,6 +6,7 @@ no random state in it: sequences, masks and dropout come from seeds of the step.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ class CheckpointError(Exception):
     """There is no checkpoint that can be used; the message says why."""
 
 
-def save(directory: Path, write: bool, model: nn.Module, optimizer: torch.optim.Optimizer, **rest) -> None:
+def save(directory: Path, write: bool, model: nn.Module, optimizer: torch.optim.Optimizer, **rest: Any) -> None:
     """Every rank calls it, since shards are gathered; the rank with `write` writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     content = {
@@ -44,7 +45,7 @@ def save(directory: Path, write: bool, model: nn.Module, optimizer: torch.optim.
         os.replace(temporary, path)
 
 
-def read(directory: Path) -> dict:
+def read(directory: Path) -> dict[str, Any]:
     """The checkpoint's content, tensors mapped from the file; every rank reads it."""
     path = directory / NAME
     if not path.is_file():
@@ -58,7 +59,7 @@ def read(directory: Path) -> dict:
     return content
 
 
-def restore(content: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(content: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(model, content["model"], options=options)
     set_optimizer_state_dict(model, optimizer, content["optimizer"], options=options)

@@ -8,16 +8,20 @@ accumulated and reduced in fp32.
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from .model import MaskedLanguageModel
 
 T = TypeVar("T")
 
@@ -42,21 +46,21 @@ class Engine:
         if self.parallel != "none" and dist.is_initialized():
             dist.destroy_process_group()
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: "MaskedLanguageModel") -> nn.Module:
         """The model on this rank's device, replicated or sharded; every rank has built it from the same seed."""
         model = model.to(self.device)
         if self.parallel == "ddp":
             ids = [self.device.index] if self.device.type == "cuda" else None
             return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
         if self.parallel == "fsdp2":
-            mesh = dist.init_device_mesh(self.device.type, (self.ranks,))
+            mesh = init_device_mesh(self.device.type, (self.ranks,))
             for layer in model.lm.bert.encoder.layer:
                 fully_shard(layer, mesh=mesh)
             fully_shard(model, mesh=mesh)
         return model
 
     @contextlib.contextmanager
-    def accumulating(self, model: nn.Module, last: bool):
+    def accumulating(self, model: Any, last: bool) -> Iterator[None]:
         """Around a micro-batch's forward and backward: gradients go between ranks with the last one only."""
         if self.parallel == "fsdp2":
             model.set_requires_gradient_sync(last)

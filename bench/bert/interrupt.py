@@ -3,6 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable
+from typing import Any
 
 
 class StopRequest:
@@ -16,7 +17,7 @@ class StopRequest:
         self.signal = 0
         self.agreed: float = False
         self._one_process, self._say = one_process, say
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():

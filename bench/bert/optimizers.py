@@ -1,6 +1,7 @@
 """The optimizers a run can choose, with the weight decay where BERT has it, and LAMB for comparison."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ NAMES = ("madam", "lamadam", "adamw", "lamb", "reference")
 
 STATE_DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 # How parameters are kept, and what that asks of ours; others know none but the first two.
-PARAMS: dict[str, dict[str, bool]] = {
+PARAMS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {},
     "bfloat16-stochastic": {"stochastic_rounding": True},
@@ -27,11 +28,11 @@ def build(
     *,
     lr: float,
     weight_decay: float,
-    beta2_range,
+    beta2_range: tuple[float, float],
     max_grad_norm: float | None,
     state_dtype: str = "float32",
     params: str = "float32",
-):
+) -> torch.optim.Optimizer:
     """`max_grad_norm` is for the optimizers that clip inside their step (see `clips`), `state_dtype` and what
     `params` asks are for ours."""
     groups = param_groups_weight_decay(model, weight_decay)
@@ -40,9 +41,9 @@ def build(
     if name == "lamb":
         return Lamb(groups, lr=lr, betas=(0.9, beta2_range[1]))
     algorithm = LaMAdam if name == "lamadam" else MAdam
-    backend = "reference" if name == "reference" else "auto"
-    options = {"max_grad_norm": max_grad_norm, "state_dtype": STATE_DTYPES[state_dtype], "backend": backend}
-    return algorithm(groups, lr=lr, beta2_range=beta2_range, **options, **PARAMS[params])
+    options = PARAMS[params] | {"backend": "reference" if name == "reference" else "auto"}
+    options |= {"max_grad_norm": max_grad_norm, "state_dtype": STATE_DTYPES[state_dtype]}
+    return algorithm(groups, lr=lr, beta2_range=beta2_range, **options)
 
 
 def clips(name: str) -> bool:
@@ -60,11 +61,18 @@ class Lamb(torch.optim.Optimizer):
     norm is 0, and for tensors without weight decay, which is what the BERT recipes do for biases and LayerNorm.
     """
 
-    def __init__(self, params: Iterable, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay=0.0):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None):
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

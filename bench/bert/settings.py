@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +200,7 @@ def rates(s: argparse.Namespace) -> list[recipe.Phase]:
     ]
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], names) -> list[str]:
+def differences(saved: dict[str, Any], now: dict[str, Any], names: Iterable[str]) -> list[str]:
     return [f"{_flag(n)}: {saved.get(n)} then, {now.get(n)} now" for n in names if saved.get(n) != now.get(n)]
 
 

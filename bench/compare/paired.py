@@ -76,9 +76,9 @@ def compare(
 
     centres = {name: each.centre for name, each in contenders.items()}
     tuned = tuning.tune(get, centres, budget, lambda run: -run[score])
-    for (name, lr), one in tuning.given(get, also, budget.fresh_seeds).items():
-        tuned[f"{name} at {lr:g}"] = one
-    found = {
+    for (name, lr), at_rate in tuning.given(get, also, budget.fresh_seeds).items():
+        tuned[f"{name} at {lr:g}"] = at_rate
+    found: dict[str, dict[str, Any]] = {
         name: {
             "lr": one.lr,
             "at_edge": one.at_edge,

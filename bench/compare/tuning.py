@@ -169,6 +169,6 @@ class Runs:
         """The runs, of which those that are missing are made, kept and told of."""
         found = {run: self.find(settings(run)) for run in runs}
         for run, result in make([run for run in runs if found[run] is None]):
-            found[run] = self.add(settings(run), result)
-            say(run, found[run])
+            found[run] = kept = self.add(settings(run), result)
+            say(run, kept)
         return {run: result for run, result in found.items() if result is not None}

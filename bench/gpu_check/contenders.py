@@ -42,7 +42,7 @@ def ours(
     with what keeps the updates of bfloat16 parameters; MAdam with w at 1; and the eager reference."""
     contenders = []
     backends = [name for name in ("cuda", "triton") if registry.why_not(name, device) is None]
-    narrow = {"bfloat16 state": {"state_dtype": torch.bfloat16}}
+    narrow: dict[str, dict[str, Any]] = {"bfloat16 state": {"state_dtype": torch.bfloat16}}
     if dtype == torch.bfloat16:
         narrow |= {"master weights": {"master_weights": True}, "stochastic rounding": {"stochastic_rounding": True}}
     variants = list(itertools.product((MAdam, LaMAdam), [("", {}), *narrow.items()]))
@@ -59,7 +59,7 @@ def ours(
         moved, tensors = traffic(params, optimizer)
         if "saturated" in kind:
             moved -= saturate(optimizer)
-        grads = bytes_of([param.grad for param in params])
+        grads = bytes_of([param.grad for param in params if param.grad is not None])
         clips: dict[str, float | None] = {f", {kind}": None} if kind else {"": None, ", clipped": 1.0}
         for backend in backends:
             name = algorithm.__name__ + (f" ({backend})" if len(backends) > 1 else "")

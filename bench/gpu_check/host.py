@@ -29,7 +29,7 @@ def run(stage: Stage) -> None:
     stage.check_package()
     gpu = machine.need()
     torch.manual_seed(0)
-    cases = {
+    cases: dict[str, list[tuple[int, ...]]] = {
         "400 tensors of 16": [(16,)] * (10 if stage.rehearsal else 400),
         "BERT-Base": bert_shapes(8, 1, vocabulary=50) if stage.rehearsal else bert_shapes(768, 12),
         "10,000 tensors of 16": [(16,)] * (20 if stage.rehearsal else 10_000),

@@ -17,6 +17,7 @@ from gpu_check.stage import Lacking
 
 if TYPE_CHECKING:
     from gpu_check.stand_ins import StandIn
+    from gpu_check.trace import Trace  # in the class `trace` is a method
 
 REHEARSE = "MAXVA_REHEARSE"
 
@@ -92,7 +93,7 @@ class Gpu:
 
     # --- launches -----------------------------------------------------------------------------------------------
 
-    def trace(self, function: Callable[[], object]) -> trace.Trace:
+    def trace(self, function: Callable[[], object]) -> Trace:
         """What `function` launches.
 
         Raises:
@@ -107,7 +108,7 @@ class Gpu:
                 raise Lacking("the profiler sees no kernels on this machine (is CUPTI allowed here?)")
         return self._record(function, self._activities)
 
-    def _record(self, function: Callable[[], object], activities: list[ProfilerActivity]) -> trace.Trace:
+    def _record(self, function: Callable[[], object], activities: list[ProfilerActivity]) -> Trace:
         def run() -> None:
             function()
             torch.cuda.synchronize()

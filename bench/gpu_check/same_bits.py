@@ -16,11 +16,13 @@ from maxva_kernels import LaMAdam, MAdam
 
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 
+Algorithm = type[MAdam | LaMAdam]
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*FLOATS, torch.float64)
 # Of parameters, gradients and state; None: the arithmetic's.
-KINDS: list[tuple[torch.dtype, torch.dtype, torch.dtype | None]]
-KINDS = [(param, grad, None) for param in DTYPES for grad in DTYPES]
+Kind = tuple[torch.dtype, torch.dtype, torch.dtype | None]
+KINDS: list[Kind] = [(param, grad, None) for param in DTYPES for grad in DTYPES]
 KINDS += [(param, grad, torch.bfloat16) for param in FLOATS for grad in DTYPES]
 
 # Around what a block takes at a time, behind the sizes of tests/cases.py.
@@ -84,7 +86,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def twins(
-    algorithm: type[torch.optim.Optimizer],
+    algorithm: Algorithm,
     device: torch.device,
     backend: str,
     sizes: Sequence[Any],
@@ -101,7 +103,7 @@ def twins(
 
 
 def check(
-    algorithm: type[torch.optim.Optimizer],
+    algorithm: Algorithm,
     option: str,
     param: torch.dtype,
     grad: torch.dtype,
@@ -126,7 +128,7 @@ def check(
     return []
 
 
-def variants(few: bool = False) -> Iterator[tuple[Any, ...]]:
+def variants(few: bool = False) -> Iterator[tuple[Algorithm, str, torch.dtype, torch.dtype, torch.dtype | None]]:
     """Every algorithm with every dtype of parameter, gradient and state, in the options that are to be tried with them:
     the first arguments of `check`."""
     for algorithm in (MAdam, LaMAdam):
@@ -135,7 +137,7 @@ def variants(few: bool = False) -> Iterator[tuple[Any, ...]]:
                 yield algorithm, option, *kind
 
 
-def options_of(kind: tuple[torch.dtype, torch.dtype, torch.dtype | None]) -> list[str]:
+def options_of(kind: Kind) -> list[str]:
     """All options where parameter and gradient have one dtype; for others, which differ in loads and stores, some."""
     options = list(cases().OPTIONS) if kind[0] == kind[1] else ["base", "all"]
     return options + (list(cases().BFLOAT16_OPTIONS) if kind[0] == torch.bfloat16 else [])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 import torch
 from torch.nn import Parameter
@@ -23,7 +24,7 @@ from maxva_kernels.tensor_table import make_norm_table
 SIZES = (0, 1, 7, 513, 8193, 16_390)
 
 
-def steps(gpu: machine.Gpu) -> None:
+def steps(gpu: Any) -> None:
     """Every step kernel: aligned and not, with and without all modes."""
     table = same_bits.cases()
     kinds = [kind for kind in same_bits.KINDS if (kind[0] == torch.float64) == (kind[1] == torch.float64)]
@@ -36,7 +37,7 @@ def steps(gpu: machine.Gpu) -> None:
                 whole = [p.detach() for p in table.make_params([n + offset for n in SIZES], param_dtype, gpu.device)]
                 params = [Parameter(tensor[offset:]) for tensor in whole]
                 options = {**table.BASE, **same_bits.options_named(option), "state_dtype": state_dtype}
-                optimizer = algorithm(params, backend="cuda", **options)
+                optimizer: Any = algorithm(params, backend="cuda", **options)
                 optimizer.grad_scale, optimizer.found_inf = (torch.full((), v, device=gpu.device) for v in (2.0, 0.0))
                 for number in range(2):
                     table.set_grads(params, number, dtype=grad_dtype)
@@ -50,7 +51,7 @@ def steps(gpu: machine.Gpu) -> None:
     optimizer.step()
 
 
-def norms(gpu: machine.Gpu) -> None:
+def norms(gpu: Any) -> None:
     """Every kernel of the norm."""
     for dtypes in (same_bits.FLOATS, same_bits.DTYPES):
         grads = [
@@ -62,7 +63,7 @@ def norms(gpu: machine.Gpu) -> None:
         functional.grad_norm(grads, backend="cuda")
 
 
-def read_beyond(gpu: machine.Gpu) -> None:
+def read_beyond(gpu: Any) -> None:
     """Has the norm's kernel read a chunk where there is a part of one."""
     launcher = cuda._launcher()
     chunk = torch.ones(launcher.NORM_CHUNK, device=gpu.device)
@@ -77,7 +78,7 @@ def read_beyond(gpu: machine.Gpu) -> None:
     )
 
 
-def read_unwritten(gpu: machine.Gpu) -> None:
+def read_unwritten(gpu: Any) -> None:
     functional.grad_norm([torch.empty(2048, device=gpu.device)], backend="cuda")
 
 

@@ -58,7 +58,7 @@ def our_kernels(gpu: Any) -> Iterator[dict[str, Any]]:
     from simulated_cuda import SimulatedLauncher, install
 
     table = same_bits.cases()
-    kinds = [(torch.float32, torch.float32, None), (torch.bfloat16, torch.bfloat16, None)]
+    kinds: list[same_bits.Kind] = [(torch.float32, torch.float32, None), (torch.bfloat16, torch.bfloat16, None)]
     kinds += [(torch.float16, torch.float32, None), (torch.float64, torch.float64, None)]
     kinds += [(torch.float32, torch.bfloat16, torch.bfloat16)]
     for algorithm in (MAdam, LaMAdam) if gpu.real else (MAdam,):

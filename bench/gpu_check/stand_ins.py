@@ -67,7 +67,7 @@ class _NoWaiting(TorchDispatchMode):
         torch.ops.aten.nonzero.default,
     )
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self.WAITING:
             raise RuntimeError(f"a GPU would be waited for here, in {func}")
         return func(*args, **(kwargs or {}))
@@ -102,7 +102,7 @@ class StandIn:
 
         patches = patches or pytest.MonkeyPatch()
         self.recorder = Recorder(simulated_cuda.SimulatedLauncher() if simulate else None)
-        simulated_cuda.install(self.recorder, patches)  # type: ignore[arg-type]
+        simulated_cuda.install(self.recorder, patches)
         patches.setattr(gpu, "is_capturing", lambda: self._capturing)
         patches.setattr(optim, "_is_capturing", lambda groups: self._capturing)
 
@@ -131,7 +131,7 @@ class StandIn:
 
     @contextmanager
     def no_waiting(self) -> Iterator[None]:
-        with _NoWaiting():
+        with _NoWaiting():  # type: ignore[no-untyped-call]  # torch annotates not its __init__
             yield
 
     @contextmanager

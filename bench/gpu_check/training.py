@@ -23,7 +23,7 @@ from gpu_check.stage import Stage
 from maxva_kernels import MAdam
 
 ACCUMULATE = 4
-OPTIONS = {"lr": 1e-5, "weight_decay": 0.1}
+OPTIONS: dict[str, Any] = {"lr": 1e-5, "weight_decay": 0.1}
 
 
 class Encoder(nn.Module):

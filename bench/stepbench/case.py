@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gpu_check.stage import Lacking
+from gpu_check.table import COPY, UPDATE
 
 from stepbench import contenders
 from stepbench.contenders import ADAMW, PLAIN, Contender, Missing, Options, make_params
@@ -75,7 +76,7 @@ def run(case: Case, machine: Any) -> dict[str, Any]:
         for contender in admit(entry, parameters, machine, case.quick, lacking) if entry.slow else ():
             take_turns([contender], warm=0, least=3, seconds=case.seconds / 3)
 
-    floor = next(contender for contender in entered if contender.name in (contenders.COPY, contenders.UPDATE))
+    floor = next(contender for contender in entered if contender.name in (COPY, UPDATE))
     times = {name: result["turns"] for name, result in results.items()}
     order = [entry.name for entry in listed]
     entered.sort(key=lambda contender: order.index(contender.name) if contender.name in order else len(order))

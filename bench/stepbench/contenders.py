@@ -18,7 +18,7 @@ from gpu_check.table import COPY, UPDATE
 
 from stepbench.shapes import Shapes
 
-OPTIONS = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "eps": 1e-8, "weight_decay": 0.01}
 ADAMW = "AdamW (torch, fused)"  # what the others are compared with
 TORCHS = {ADAMW: "fused", "AdamW (torch, foreach)": "foreach"}
 
@@ -67,7 +67,7 @@ class Options:
 
 
 PLAIN = Options()
-FEATURES = {
+FEATURES: dict[str, dict[str, Any]] = {
     "amsgrad": {"amsgrad": True},
     "clip": {"max_grad_norm": 1.0},
     "statistics": {"collect_statistics": True},
@@ -147,20 +147,23 @@ def saturate(optimizer: torch.optim.Optimizer) -> int:
 
 def clipping_bytes(params: Params) -> int:
     """Of `clip_grad_norm_`, which reads all gradients for the norm, then reads and writes them."""
-    return 3 * bytes_of([param.grad for param in params])
+    return 3 * bytes_of([param.grad for param in params if param.grad is not None])
 
 
 def taking_turns(name: str, make: Make, sets: Sequence[Params], options: Options = PLAIN) -> Contender:
     """An optimizer for each set; clips by `clip_grad_norm_` where the optimizer does not by itself."""
     optimizers = [make(params) for params in sets]
-    outside = options.max_grad_norm is not None and not hasattr(optimizers[0], "max_grad_norm")
+    outside = None if hasattr(optimizers[0], "max_grad_norm") else options.max_grad_norm
 
     def stepper(params: Params, optimizer: Any) -> Callable[[], object]:
+        if outside is None:
+            return optimizer.step
+
         def clipped() -> None:
-            torch.nn.utils.clip_grad_norm_(params, options.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_(params, outside)
             optimizer.step()
 
-        return clipped if outside else optimizer.step
+        return clipped
 
     steps = [stepper(*pair) for pair in zip(sets, optimizers, strict=True)]
     for step in steps:
@@ -169,8 +172,10 @@ def taking_turns(name: str, make: Make, sets: Sequence[Params], options: Options
     if options.saturated:
         (saved, *_) = map(saturate, optimizers)
         moved -= saved
-    if options.max_grad_norm is not None:
-        moved += clipping_bytes(sets[0]) if outside else bytes_of([param.grad for param in sets[0]])  # for the norm
+    if outside is not None:
+        moved += clipping_bytes(sets[0])
+    elif options.max_grad_norm is not None:  # for the norm
+        moved += bytes_of([param.grad for param in sets[0] if param.grad is not None])
     if options.trust_ratio and hasattr(optimizers[0], "statistics"):
         moved += tensors  # for the norms
     turns = itertools.cycle(steps)

@@ -55,7 +55,7 @@ def _update(options: Options) -> Callable[..., None]:
             max_denom=state[4] if options.amsgrad else None,
         )
         theta.copy_(new)
-        for old, value in zip(state, [*after, max_denom], strict=False):
+        for old, value in zip(state, after if max_denom is None else [*after, max_denom], strict=True):
             old.copy_(value)
 
     return update
@@ -67,7 +67,7 @@ def _contender(name: str, update: Callable[..., None], sets: Sequence[Params], o
     for step in steps:
         step()
     turns = itertools.cycle(steps)
-    read = bytes_of([param.grad for param in sets[0]])
+    read = bytes_of([param.grad for param in sets[0] if param.grad is not None])
     written = bytes_of([*sets[0], *(tensor for state in states[0] for tensor in state)])
     moved = 2 * written + read + (clipping_bytes(sets[0]) if options.max_grad_norm is not None else 0)
     return Contender(name, lambda: next(turns)(), moved, tensors=len(sets) * (written + read), sets=sets)
