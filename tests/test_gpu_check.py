@@ -88,7 +88,9 @@ def check_correctness_runs_tests(records, folder):
     assert lacking or all(run["passed"] > 0 for run in runs)
     assert lacking or runs[0]["passed"] > 25
     assert all(run["failed"] == 0 for run in runs)
-    assert records["correctness"]["table"] == {"variants": 4, "differences": []}
+    can_compare = registry.why_not("cpu", torch.device("cpu")) is None
+    expected = {"variants": 4, "differences": []} if can_compare else None
+    assert records["correctness"].get("table") == expected
 
 
 def check_tritons_kernels_are_interpreted(records, folder):
