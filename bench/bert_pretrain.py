@@ -191,7 +191,7 @@ class Run:
                 self.scaler.scale(losses.sum() * share).backward()
             loss += losses.detach().sum()
 
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = [*self.model.parameters()]
         if self.clips_inside:  # the log's norm is no part of the optimizer's time
             norm = distributed.total_norm([p.grad for p in parameters if p.grad is not None]) / self.scaler.get_scale()
         engine.synchronize()

@@ -37,6 +37,7 @@ from gpu_check.record import Record  # noqa: E402
 from maxva_kernels.backends import registry  # noqa: E402
 
 MODULES = sorted((ROOT / "bench" / "gpu_check").glob("*.py"))
+HAS_CPU_KERNELS = registry.why_not("cpu", torch.device("cpu")) is None
 
 
 def test_rehearsal(tmp_path):
@@ -88,8 +89,7 @@ def check_correctness_runs_tests(records, folder):
     assert lacking or all(run["passed"] > 0 for run in runs)
     assert lacking or runs[0]["passed"] > 25
     assert all(run["failed"] == 0 for run in runs)
-    can_compare = registry.why_not("cpu", torch.device("cpu")) is None
-    expected = {"variants": 4, "differences": []} if can_compare else None
+    expected = {"variants": 4, "differences": []} if HAS_CPU_KERNELS else None
     assert records["correctness"].get("table") == expected
 
 
@@ -97,7 +97,7 @@ def check_tritons_kernels_are_interpreted(records, folder):
     """Guards against an interpreter that is asked for and never starts: where it can run, its test must have passed,
     and have taken the seconds that interpreting takes."""
     run = records["correctness"]["runs"][2]
-    can = importlib.util.find_spec("triton") is not None and registry.why_not("cpu", torch.device("cpu")) is None
+    can = importlib.util.find_spec("triton") is not None and HAS_CPU_KERNELS
     assert run["run"] == correctness.INTERPRETER
     assert (run["passed"], run["failed"]) == (int(can), 0), run
     assert not can or run["seconds"] > 2
