@@ -119,6 +119,18 @@ def current_stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 
+def record_event(device: torch.device) -> torch.cuda.Event:
+    """An event that has happened when all is done that the current stream was given so far."""
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def wait_event(event: torch.cuda.Event, device: torch.device) -> None:
+    """Has the current stream go on after that event; the host does not wait."""
+    torch.cuda.current_stream(device).wait_event(event)
+
+
 def is_capturing() -> bool:
     """Whether launches go into a CUDA graph at present."""
     return torch.cuda.is_current_stream_capturing()
@@ -264,11 +276,20 @@ def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:
         grads = [layouts.dense(grad.resolve_neg()) for grad in grads]
     device, double = grads[0].device, torch.float64 in dtypes
     stream = current_stream(device)
-    # By stream too: gradients of one size on two streams would share a table, whose copy only one of them waits for.
-    key = (device, stream, *map(Tensor.numel, grads), *map(dtype_of, grads))
-    table = norm_tables.find(
-        key, lambda: make_norm_table(grads, launcher.NORM_CHUNK, launcher.MAX_TENSORS), is_capturing()
-    )
+
+    def make() -> NormTable:
+        table = make_norm_table(grads, launcher.NORM_CHUNK, launcher.MAX_TENSORS)
+        table.stream, table.sent = stream, record_event(device)
+        return table
+
+    key = (device, *map(Tensor.numel, grads), *map(dtype_of, grads))
+    capturing = is_capturing()
+    table = norm_tables.find(key, make, capturing)
+    # Gradients of these sizes on another stream share the table, whose copy to the device that stream knows nothing of.
+    # A capture has a stream of its own, and may not wait for what lies outside; its graph's replays come after the
+    # steps before the capture, which waited.
+    if table.sent is not None and table.stream != stream and not capturing:
+        wait_event(table.sent, device)
     sums = torch.empty((table.chunks, 3), dtype=torch.float64 if double else torch.float32, device=device)
     norm = torch.empty((), dtype=sums.dtype, device=device)
     where = (device.index or 0, stream)

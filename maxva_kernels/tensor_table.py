@@ -172,6 +172,8 @@ class NormTable:
 
     segments: list[tuple[torch.dtype, Segment]] = field(default_factory=list)
     chunks: int = 0
+    stream: int = 0  # on which it was sent to the device
+    sent: torch.cuda.Event | None = None  # when it is there
 
 
 def make_norm_table(grads: Sequence[Tensor], chunk: int, max_tensors: int) -> NormTable:

@@ -146,6 +146,7 @@ def install_launcher(backend: object, launcher: object, monkeypatch: pytest.Monk
     monkeypatch.setattr(backend, "why_not", lambda device: None)
     monkeypatch.setattr(backend, "_launcher", lambda: launcher)
     monkeypatch.setattr(gpu, "current_stream", lambda device: 0)
+    monkeypatch.setattr(gpu, "record_event", lambda device: None)
     monkeypatch.setattr(gpu, "is_capturing", lambda: False)
     monkeypatch.setattr(registry, "_selected", {})
     monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)())

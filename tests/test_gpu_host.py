@@ -231,6 +231,28 @@ def test_default_device_makes_no_difference(max_grad_norm, launcher):
     assert_same_bits(pair.ours, pair.theirs)
 
 
+def test_norm_tables_and_streams(launcher, monkeypatch):
+    """Guards against a norm that reads a table whose copy another stream has yet to make, against a table for each
+    stream, and against a capture refused, or broken by a wait, because its stream is not that of the steps before it:
+    torch.cuda.graph captures on a stream of its own."""
+    streams, waits = [11], []
+    monkeypatch.setattr(gpu, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(gpu, "record_event", lambda device: f"table of {streams[-1]}")
+    monkeypatch.setattr(gpu, "wait_event", lambda event, device: waits.append((streams[-1], event)))
+    pair = Pair(launcher, max_grad_norm=1.0, skip_nonfinite=True)
+    pair.step()
+    pair.step()
+    assert waits == []
+    streams.append(22)
+    pair.step()
+    assert waits == [(22, "table of 11")]
+    streams.append(33)
+    monkeypatch.setattr(gpu, "is_capturing", lambda: True)
+    pair.step()
+    assert len(waits) == 1
+    assert gpu.norm_tables.made == 1
+
+
 # --- CUDA graphs: what can be tested without one --------------------------------------------------------------------
 
 

@@ -42,7 +42,7 @@ class Interpreted(TritonLauncher):
 
 launcher = Interpreted("cpu")
 backend.why_not, backend._launcher = lambda device: None, lambda: launcher
-gpu.current_stream, gpu.is_capturing = lambda device: 0, lambda: False
+gpu.current_stream, gpu.record_event, gpu.is_capturing = lambda device: 0, lambda device: None, lambda: False
 float32 = torch.float32
 kinds = [(dtype, {{}}) for dtype in (float32, torch.float64, torch.float16, torch.bfloat16)]
 kinds += [(float32, {{"state_dtype": "bfloat16"}})]

@@ -1,9 +1,10 @@
 """What takes the GPU's place in a rehearsal, on CPU tensors.
 
 The backend "cuda" runs as it is down to the compiled module, for which a `Recorder` stands: it notes each launch and
-has the simulator of the tests run it, or nothing. Imitated because nothing else is possible: CUDA graphs (a replay
-calls the captured function again), events (the host's clock), the profiler's kernels (the noted launches), the error on
-waiting (torch's operations that read a number or a comparison back).
+has the simulator of the tests run it, or nothing. Imitated because nothing else is possible: streams (each has a
+number, a capture's is its own, as torch's captures have it), CUDA graphs (a replay calls the captured function again),
+events (the host's clock), the profiler's kernels (the noted launches), the error on waiting (torch's operations that
+read a number or a comparison back).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -81,6 +82,10 @@ class _Stream:
         pass
 
 
+class _Event(NamedTuple):
+    captured: bool
+
+
 class StandIn:
     real = False
     backend = "cuda"
@@ -90,6 +95,8 @@ class StandIn:
     def __init__(self) -> None:
         self.recorder = Recorder()
         self._capturing = False
+        self._stream = 0  # the current one
+        self._streams = itertools.count(1)
 
     def start(self, *, simulate: bool = False, patches: Any = None) -> None:
         """Has the backend "cuda" drive CPU tensors, while these patches last (a pytest.MonkeyPatch) or for good."""
@@ -103,6 +110,9 @@ class StandIn:
         patches = patches or pytest.MonkeyPatch()
         self.recorder = Recorder(simulated_cuda.SimulatedLauncher() if simulate else None)
         simulated_cuda.install(self.recorder, patches)
+        patches.setattr(gpu, "current_stream", lambda device: self._stream)
+        patches.setattr(gpu, "record_event", lambda device: _Event(self._capturing))
+        patches.setattr(gpu, "wait_event", self._wait)
         patches.setattr(gpu, "is_capturing", lambda: self._capturing)
         patches.setattr(optim, "_is_capturing", lambda groups: self._capturing)
 
@@ -134,22 +144,37 @@ class StandIn:
         with _NoWaiting():  # type: ignore[no-untyped-call]  # torch annotates not its __init__
             yield
 
+    def _wait(self, event: _Event, device: torch.device) -> None:
+        if self._capturing and not event.captured:
+            raise RuntimeError("a capture waits for an event from before it, which CUDA refuses")
+
+    @contextmanager
+    def _on(self, stream: int) -> Iterator[None]:
+        before, self._stream = self._stream, stream
+        try:
+            yield
+        finally:
+            self._stream = before
+
     @contextmanager
     def side_stream(self) -> Iterator[_Stream]:
-        yield _Stream()
+        with self._on(next(self._streams)):
+            yield _Stream()
 
     def join(self, stream: _Stream) -> None:
         pass
 
     def warm_up(self, function: Callable[[], object], times: int = 3) -> None:
-        for _ in range(times):
-            function()
+        with self.side_stream():
+            for _ in range(times):
+                function()
 
     def capture(self, function: Callable[[], object]) -> Callable[[], None]:
         """Runs it once without launches: a capture executes nothing."""
         self._capturing = self.recorder.muted = True
         try:
-            function()
+            with self._on(next(self._streams)):
+                function()
         finally:
             self._capturing = self.recorder.muted = False
 
