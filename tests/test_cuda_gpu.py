@@ -45,6 +45,9 @@ REAL = MACHINE is not None and MACHINE.real
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MACHINE is None, reason="no GPU"), needs_cpu_kernels]
 
+# Others at work on the same GPU would change what these see: its time, its memory, its launches.
+alone = pytest.mark.alone
+
 SHAPES = ((3, 5), 70, (2, 2, 2, 2), 0, 1, 1025)
 
 
@@ -220,6 +223,7 @@ def is_tiled(tensor, pattern):
     )
 
 
+@alone
 def test_more_than_2_to_the_31_elements(machine):
     """Guards against indices of 32 bits: every element of a bfloat16 parameter must be that of a small one's step."""
     count, period = (2**31 + 3 * 8192 + 5, 1_000_003) if REAL else (3 * 8192 + 5, 1003)
@@ -385,6 +389,7 @@ def test_default_device_makes_no_difference(machine):
     assert_same(ours, theirs)
 
 
+@alone
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
 def test_host_goes_on_while_the_device_is_busy(options, machine):
     """Guards against waits that torch does not know of: behind a second of other work two steps, the first among them,
@@ -417,6 +422,7 @@ def assert_launches(machine, seen, kernels):
     assert not {"cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy"} & set(seen.calls), seen.calls
 
 
+@alone
 def test_one_launch_for_400_tensors(machine):
     """Guards against a launch for each tensor or group, and against any other kernel, copy or fill in a step."""
     params = make_params([16] * (400 if REAL else 30), device=machine.device)
@@ -431,6 +437,7 @@ def test_one_launch_for_400_tensors(machine):
     assert_launches(machine, trace(machine, optimizer.step), kernels)
 
 
+@alone
 def test_first_step_launches_only_fills_and_few_copies(machine):
     """Guards against gradients or states copied: state is made by fills, the table travels once."""
     params = make_params([16] * (50 if REAL else 5), device=machine.device)
@@ -443,6 +450,7 @@ def test_first_step_launches_only_fills_and_few_copies(machine):
     assert not {"cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy"} & set(seen.calls), seen.calls
 
 
+@alone
 def test_no_memory_is_kept(machine):
     """Guards against memory that grows with the steps."""
     ours, _ = twins(machine, max_grad_norm=1.0)
@@ -457,6 +465,7 @@ def test_no_memory_is_kept(machine):
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
+@alone
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_step_is_on_the_current_stream(clip, machine):
     """Guards against launches on the default stream: behind a delay on a side stream nothing may have moved yet."""
@@ -478,6 +487,7 @@ def test_step_is_on_the_current_stream(clip, machine):
     assert_same(ours, theirs)
 
 
+@alone
 def test_step_follows_gradients_of_its_stream(machine):
     """Guards against a step that does not wait for what its own stream still computes."""
     ours, theirs = twins(machine, max_grad_norm=1.0)
@@ -527,6 +537,7 @@ assert torch.equal(first.cpu(), expected), (first, expected)
 """
 
 
+@alone
 @pytest.mark.skipif(not REAL, reason="needs streams")
 def test_norms_of_equal_models_on_two_streams(tmp_path, machine):
     """Guards a table that is found by sizes alone: on another stream nothing says that its copy to the device is done.

@@ -34,6 +34,9 @@ _PROGRAMS = 8
 # Pinned memory that is kept for captures, in words of 8 bytes, and for how many copies like the last it must suffice.
 _PINNED = 1 << 17
 _COPIES = 8
+# Bytes that the driver copies from pageable memory at once; for more it may wait for the stream (CUDA's notes on
+# synchronization), and so they are copied to pinned memory first.
+_STAGED = 1 << 16
 
 
 class TritonLauncher:
@@ -137,9 +140,12 @@ class TritonLauncher:
         if self._device_type == "cuda":
             if torch.cuda.is_current_stream_capturing():
                 host = self._pinned_copy(host)
-            elif self._pinned.numel() < _COPIES * host.numel():
-                words = max(_PINNED, 2 * _COPIES * host.numel())
-                self._pinned = torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True)
+            else:
+                if self._pinned.numel() < _COPIES * host.numel():
+                    words = max(_PINNED, 2 * _COPIES * host.numel())
+                    self._pinned = torch.empty(words, dtype=torch.int64, device="cpu", pin_memory=True)
+                if host.nbytes > _STAGED:
+                    host = host.pin_memory()  # which torch keeps until the copy is done
         return host.to(torch.device(self._device_type, device), non_blocking=True)
 
     def _pinned_copy(self, host: torch.Tensor) -> torch.Tensor:

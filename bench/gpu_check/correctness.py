@@ -2,7 +2,8 @@
 
 First tests/test_cuda_gpu.py by itself, one test at a time. The tests of every backend, which run on the simulator where
 there is no GPU, follow, several processes side by side where pytest-xdist is installed; last everything of Triton,
-which takes its time to compile. In a rehearsal these are a few, and simulated; Triton's kernels run in its interpreter.
+which takes its time to compile, side by side but for what needs the GPU for itself. In a rehearsal these are a few, and
+simulated; Triton's kernels run in its interpreter.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ def run(stage: Stage) -> None:
             # It starts a process with TRITON_INTERPRET=1, and compares with the CPU kernels after each step.
             run_pytest(stage, INTERPRETER, ["-k", "test_interpreter", str(tests / "test_triton_kernels.py")])
         else:
-            selected = ["-m", "gpu", str(tests)]
+            selected = ["-m", "gpu and not alone", str(tests)]
             selected += ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
             apart = f"--ignore={tests / 'test_cuda_gpu.py'}"
             run_pytest(stage, "tests of every backend but Triton", [*selected, apart, "-k", "not triton"])
             if importlib.util.find_spec("triton"):
                 run_pytest(stage, "tests of Triton", [*selected, "-k", "triton"])
+                run_pytest(stage, "tests of Triton alone", ["-m", "gpu and alone", "-k", "triton", str(tests)])
     if not has_pytest or stage.rehearsal:
         if not has_pytest:
             stage.record.lacks("pytest: only the option table is checked")
