@@ -74,3 +74,14 @@ def test_instruction_sets(tmp_path):
         for name, value in results.items():
             assert torch.equal(value, expected[name]), f"{used} against {capability}: {name}"
     assert "DEFAULT" in seen
+
+
+@needs_cpu_kernels
+def test_instruction_set_of_no_name(tmp_path):
+    """Guards against the slowest set for whoever writes one's name as torch has it."""
+    script = "import torch, maxva_kernels; maxva_kernels.MAdam([torch.nn.Parameter(torch.ones(1))])"
+    environment = {**os.environ, "MAXVA_CPU_CAPABILITY": "avx2"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert "MAXVA_CPU_CAPABILITY is avx2; set it to AVX512, AVX2 or DEFAULT" in result.stderr

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -87,6 +88,20 @@ def test_report_of_cuda_kernels(package, monkeypatch):
     monkeypatch.setattr(registry, "why_not", lambda name, device: "not in this test")
     monkeypatch.setattr(_ops, "load_error", lambda module: None)
     assert "CUDA kernels: built with torch 2.14.1 and /opt/cuda for 9.0" in info.report().splitlines()
+
+
+def test_reference_is_not_taken_in_silence(monkeypatch):
+    """Guards against weeks of steps a hundred times slower than need be, as from an unbuilt source tree."""
+    monkeypatch.setattr(registry, "_selected", {})
+    for name in ("cuda", "triton", "cpu"):
+        monkeypatch.setattr(registry._MODULES[name], "why_not", lambda device: "is away")
+    cpu = torch.device("cpu")
+    with pytest.warns(UserWarning, match=r"backend='reference', a hundred .* \(cpu: is away\)"):
+        assert registry.select("auto", cpu).NAME == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert registry.select("auto", cpu).NAME == "reference"  # said once
+        assert registry.select("reference", cpu).NAME == "reference"
 
 
 def test_devices_asked_about(monkeypatch):

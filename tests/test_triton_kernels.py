@@ -192,12 +192,18 @@ def test_hyperparameters_beyond_float32():
     assert torch.frombuffer(bytearray(values), dtype=torch.float32)[1] == torch.inf
 
 
-def test_where_triton_is_missing(monkeypatch):
-    """Guards an error that says what to install."""
+@pytest.mark.parametrize(
+    ("missing", "advice"),
+    [
+        ("triton", "(No module named 'triton'); install it with: pip install triton"),
+        ("maxva_kernels", "another folder"),
+    ],
+)
+def test_where_triton_is_missing(missing, advice, monkeypatch):
+    """Guards an error that says what to do: a source tree that hides the installed kernels wants no other Triton."""
     from maxva_kernels.backends import triton as backend
 
-    monkeypatch.setattr(backend, "_import_error", lambda: "No module named 'triton'")
-    with pytest.raises(
-        RuntimeError, match=re.escape("(No module named 'triton'); install it with: pip install triton")
-    ):
+    error = ModuleNotFoundError(f"No module named '{missing}'", name=missing)
+    monkeypatch.setattr(backend, "_import_error", lambda: error)
+    with pytest.raises(RuntimeError, match=re.escape(advice)):
         MAdam(make_params((2,)), backend="triton")

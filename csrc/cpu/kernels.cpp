@@ -3,13 +3,19 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "check.h"
+
 namespace maxva::cpu {
 
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
-#if defined(__x86_64__)
     const char* named = std::getenv("MAXVA_CPU_CAPABILITY");
-    auto allowed = [&](const Kernels& table) { return named == nullptr || std::strcmp(named, table.capability) == 0; };
+    const auto is_named = [&](const char* capability) { return std::strcmp(named, capability) == 0; };
+    MAXVA_CHECK(named == nullptr || is_named("AVX512") || is_named("AVX2") || is_named("DEFAULT"),
+                "the environment variable MAXVA_CPU_CAPABILITY is ", named,
+                "; set it to AVX512, AVX2 or DEFAULT, or unset it");
+#if defined(__x86_64__)
+    const auto allowed = [&](const Kernels& table) { return named == nullptr || is_named(table.capability); };
     // Falls through to the next lesser set, so that naming one allows it and those below.
     bool reached = false;
     __builtin_cpu_init();

@@ -23,6 +23,7 @@ def why_not(device: torch.device) -> str | None:
         return f"its kernels are not there ({cause}); reinstall with MAXVA_BUILD=cpu and a C++ compiler"
     if device.type != "cpu":
         return f"it drives CPU tensors, and these are on {device}; move them, or let backend='auto' choose"
+    _ops.cpu_capability()  # raises where the environment asks for one that is none
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -56,7 +57,7 @@ _selected: dict[tuple[str, torch.device], Backend] = {}  # not functools.cache: 
 
 
 def select(name: str, device: torch.device) -> Backend:
-    """The backend ``name``, or for "auto" the fastest that can run on ``device``.
+    """The backend ``name``, or for "auto" the fastest that can run on ``device``. Warns where that is the reference.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -69,10 +70,18 @@ def select(name: str, device: torch.device) -> Backend:
 
 
 def _select(name: str, device: torch.device) -> Backend:
-    reasons = []
+    reasons: list[str] = []
     for candidate in BACKENDS if name == "auto" else (name,):
         reason = why_not(candidate, device)
         if reason is None:
+            if name == "auto" and candidate == reference.NAME:
+                made_for_it = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())
+                because = "; ".join(text for text in reasons if text.startswith(made_for_it)) or "there are none for it"
+                warnings.warn(
+                    f"maxva: steps on {device} are taken by backend='reference', a hundred times slower than kernels "
+                    f"({because}). Name that backend to have no warning.",
+                    stacklevel=2,
+                )
             return _MODULES[candidate]
         reasons.append(f"{candidate}: {reason}")
     if name == "auto":

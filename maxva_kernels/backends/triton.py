@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _ops, gpu
+from .. import _ops, build_record, gpu
 from ..groups import Group, Scaling, with_gradients
 from ..saturation import Saturation
 from ..statistics import Recorder
@@ -17,17 +17,23 @@ NAME = "triton"
 
 
 @functools.cache
-def _import_error() -> str | None:
+def _import_error() -> ImportError | None:
     try:
         from ..triton_kernels import launcher  # noqa: F401
     except ImportError as error:
-        return str(error)
+        return error
     return None
 
 
 def why_not(device: torch.device) -> str | None:
-    if _import_error() is not None:
-        return f"Triton cannot be imported ({_import_error()}); install it with: pip install triton"
+    error = _import_error()
+    if error is not None and (error.name or "").startswith("maxva_kernels"):
+        return (
+            f"its kernels are not in {build_record.PACKAGE}, a source tree, which has them beside the package; run "
+            "from another folder, or install it (pip install .)"
+        )
+    if error is not None:
+        return f"Triton cannot be imported ({error}); install it with: pip install triton"
     if device.type != "cuda":
         return f"it drives GPU tensors, and these are on {device}; move them, or let backend='auto' choose"
     if not torch.cuda.is_available():
