@@ -71,12 +71,12 @@ MAXVA_FN void add_square(T g, T& large, T& medium, T& small) {
   small += up * up;
 }
 
-// Whether add_square changes the medium sum alone, by g^2 as it is.
+// Whether add_square changes the medium sum alone, by g^2 as it is. Of a vector, which of its elements.
 template <typename T>
-MAXVA_FN bool is_medium(T g) {
+MAXVA_FN auto is_medium(T g) {
   using S = NormScale<T>;
-  const T a = g < T(0) ? -g : g;
-  return a < S::kLarge && (a >= S::kSmall || a == T(0));
+  const T a = magnitude(g);
+  return (a < T(S::kLarge)) & ((T(S::kSmall) <= a) | (a == T(0)));
 }
 
 template <typename T>

@@ -36,6 +36,11 @@ MAXVA_FN bool any_nan(FloatRegister x, FloatRegister y) {
   return _mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_UNORD_Q)) != 0;
 }
 
+// Of words that are 0 or have all bits set.
+MAXVA_FN bool all_set(WordRegister x) {
+  return _mm256_movemask_ps(__m256(x)) == 0xff;
+}
+
 MAXVA_FN FloatRegister load_register(const float* from) {
   return _mm256_loadu_ps(from);
 }

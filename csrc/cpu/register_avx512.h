@@ -35,6 +35,11 @@ MAXVA_FN bool any_nan(FloatRegister x, FloatRegister y) {
   return _mm512_cmp_ps_mask(x, y, _CMP_UNORD_Q) != 0;
 }
 
+// Of words that are 0 or have all bits set.
+MAXVA_FN bool all_set(WordRegister x) {
+  return _mm512_movepi32_mask(__m512i(x)) == 0xffff;
+}
+
 MAXVA_FN FloatRegister load_register(const float* from) {
   return _mm512_loadu_ps(from);
 }

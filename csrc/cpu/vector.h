@@ -17,6 +17,7 @@
 
 #include "float16.h"
 #include "maxva.h"
+#include "norm.h"
 #include MAXVA_REGISTER
 
 namespace maxva::cpu {
@@ -99,6 +100,16 @@ MAXVA_FN Mask operator==(Floats x, Floats y) {
   return {x.low == y.low, x.high == y.high};
 }
 
+MAXVA_FN Mask operator&(Mask x, Mask y) {
+  return {x.low & y.low, x.high & y.high};
+}
+MAXVA_FN Mask operator|(Mask x, Mask y) {
+  return {x.low | y.low, x.high | y.high};
+}
+MAXVA_FN bool all(Mask x) {
+  return all_set(WordRegister(x.low & x.high));
+}
+
 MAXVA_FN Words to_bits(Floats x) {
   return {Words::Register(x.low), Words::Register(x.high)};
 }
@@ -166,8 +177,10 @@ MAXVA_FN Coefficients<Floats> broadcast(const Coefficients<float>& c) {
 }  // namespace
 }  // namespace maxva::cpu
 
-// The formula asks for the smallest normal number.
+// The formulas ask for the smallest normal number, and for what a norm calls large and small.
 template <>
 struct std::numeric_limits<maxva::cpu::Floats> {
   static maxva::cpu::Floats min() { return maxva::cpu::Floats(std::numeric_limits<float>::min()); }
 };
+template <>
+struct maxva::NormScale<maxva::cpu::Floats> : maxva::NormScale<float> {};

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/square_lanes.h"
 #include "cpu/vector.h"
 #include "rounding.h"
 
@@ -74,19 +75,29 @@ MAXVA_FN Begun begin_lanes(const VectorBlock<Kept>& block, int64_t i, const Coef
   return begun;
 }
 
-template <Algorithm kAlgorithm, typename Kept>
-MAXVA_FN void finish_lanes(const VectorBlock<Kept>& block, int64_t i, const Begun& begun, const Coefficients<Floats>& c,
-                           const Modes modes, const RandomBits<Words>& random) {
-  const Floats param = load(block.param + i);
-  Floats exp_avg = load(block.exp_avg + i);
-  Floats most = modes.amsgrad ? load(block.max_denom + i) : Floats(0);
+struct Finished {
+  Floats param, exp_avg, max_denom;  // the parameter as it was
   Update<Floats> update;
-  finish_update<kAlgorithm>(param, begun.grad, exp_avg, begun.grad_mean, begun.grad_var, begun.weight_sum, most, c,
-                            modes, update);
-  store(param - update.change, block.param + i);
+};
 
+template <Algorithm kAlgorithm, typename Kept>
+MAXVA_FN Finished finish_lanes(const VectorBlock<Kept>& block, int64_t i, const Begun& begun,
+                               const Coefficients<Floats>& c, const Modes modes) {
+  Finished done;
+  done.param = load(block.param + i);
+  done.exp_avg = load(block.exp_avg + i);
+  done.max_denom = modes.amsgrad ? load(block.max_denom + i) : Floats(0);
+  finish_update<kAlgorithm>(done.param, begun.grad, done.exp_avg, begun.grad_mean, begun.grad_var, begun.weight_sum,
+                            done.max_denom, c, modes, done.update);
+  return done;
+}
+
+template <typename Kept>
+MAXVA_FN void store_lanes(const VectorBlock<Kept>& block, int64_t i, const Begun& begun, const Finished& done,
+                          const Modes modes, const RandomBits<Words>& random) {
+  store(done.param - done.update.change, block.param + i);
   // Where a moment is a NaN the update is one: so one comparison tells, in the place of one for each moment.
-  const bool special = std::is_same_v<Kept, BFloat16> && any_nan(update.adaptive);
+  const bool special = std::is_same_v<Kept, BFloat16> && any_nan(done.update.adaptive);
   const auto keep = [&](Floats value, const Words& its_random, Kept* to) {
     if constexpr (std::is_same_v<Kept, float>) {
       store(value, to + i);
@@ -94,14 +105,32 @@ MAXVA_FN void finish_lanes(const VectorBlock<Kept>& block, int64_t i, const Begu
       store_upper(special ? add_random(value, its_random) : to_bits(value) + its_random, to + i);
     }
   };
-  keep(exp_avg, random.exp_avg, block.exp_avg);
+  keep(done.exp_avg, random.exp_avg, block.exp_avg);
   keep(begun.grad_mean, random.grad_mean, block.grad_mean);
   keep(begun.grad_var, random.grad_var, block.grad_var);
   if (!modes.saturated) {
     keep(begun.weight_sum, random.weight_sum, block.weight_sum);
   }
   if (modes.amsgrad) {
-    nearest(most, block.max_denom + i);  // of rounded maxima the largest would stay, and grow
+    nearest(done.max_denom, block.max_denom + i);  // of rounded maxima the largest would stay, and grow
+  }
+}
+
+// Computes the step of n elements, which fill vectors, and calls use(i, begun, finished) for each vector, whose first
+// element is i.
+template <Algorithm kAlgorithm, typename Kept, typename Use>
+MAXVA_FN void walk_whole(const VectorBlock<Kept>& block, int64_t n, const Coefficients<Floats>& c, const Modes modes,
+                         Use use) {
+  for (int64_t i = 0; i < n;) {
+    const int64_t left = (n - i) / kLanes, vectors = left < kAhead ? left : kAhead;
+    Begun begun[kAhead];
+    for (int64_t k = 0; k < vectors; ++k) {
+      fetch_lanes(block, i + (k + kAhead) * kLanes, modes);
+      begun[k] = begin_lanes(block, i + k * kLanes, c, modes);
+    }
+    for (int64_t k = 0; k < vectors; ++k, i += kLanes) {
+      use(i, begun[k], finish_lanes<kAlgorithm>(block, i, begun[k], c, modes));
+    }
   }
 }
 
@@ -113,17 +142,10 @@ template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad,
   const Coefficients<Floats> c = broadcast(coefficients);
   Words places = Words::from(place + key.low);  // once, in place of an addition for each vector
   key.low = 0;
-  for (int64_t i = 0; i < n;) {
-    const int64_t left = (n - i) / kLanes, vectors = left < kAhead ? left : kAhead;
-    Begun begun[kAhead];
-    for (int64_t k = 0; k < vectors; ++k) {
-      fetch_lanes(block, i + (k + kAhead) * kLanes, kModes);
-      begun[k] = begin_lanes(block, i + k * kLanes, c, kModes);
-    }
-    for (int64_t k = 0; k < vectors; ++k, i += kLanes, places = places + uint32_t(kLanes)) {
-      finish_lanes<kAlgorithm>(block, i, begun[k], c, kModes, random_bits(key, places));
-    }
-  }
+  walk_whole<kAlgorithm>(block, n, c, kModes, [&](int64_t i, const Begun& begun, const Finished& done) {
+    store_lanes(block, i, begun, done, kModes, random_bits(key, places));
+    places = places + uint32_t(kLanes);
+  });
 }
 
 // Copies what a step changes of `count` elements.
@@ -141,7 +163,38 @@ inline void copy(const VectorBlock<Kept>& from, const VectorBlock<Kept>& to, int
   }
 }
 
-// Updates a block's n elements. Those that do not fill a vector are copied to where one has room.
+inline void copy(const SquareSums<float>& from, const SquareSums<float>& to, int64_t count) {
+  std::memcpy(to.large, from.large, count * sizeof(float));
+  std::memcpy(to.medium, from.medium, count * sizeof(float));
+  std::memcpy(to.small, from.small, count * sizeof(float));
+}
+
+// Elements that do not fill a vector, copied to where one has room.
+template <typename Kept>
+struct PaddedVector {
+  float param[kLanes] = {}, grad[kLanes] = {};
+  Kept moments[5][kLanes] = {};
+  const VectorBlock<Kept> block{param, grad, moments[0], moments[1], moments[2], moments[3], moments[4]};
+
+  PaddedVector(const VectorBlock<Kept>& from, int64_t count, const Modes modes) {
+    std::memcpy(grad, from.grad, count * sizeof(float));
+    copy(from, block, count, modes);
+  }
+};
+
+// A block without its first elements.
+template <typename Kept>
+inline VectorBlock<Kept> behind(const VectorBlock<Kept>& block, int64_t first, const Modes modes) {
+  return {block.param + first,
+          block.grad + first,
+          block.exp_avg + first,
+          block.grad_mean + first,
+          block.grad_var + first,
+          block.weight_sum + first,
+          modes.amsgrad ? block.max_denom + first : nullptr};
+}
+
+// Updates a block's n elements.
 template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad, bool kSaturated, typename Kept>
 inline void update_vectors(const VectorBlock<Kept>& block, int64_t n, const Coefficients<float>& c, RoundingKey key,
                            uint32_t place) {
@@ -149,23 +202,61 @@ inline void update_vectors(const VectorBlock<Kept>& block, int64_t n, const Coef
   constexpr Modes kModes{kEps, kDecay, kAmsgrad, kSaturated};
   const int64_t whole = n / kLanes * kLanes, rest = n - whole;
   update(block, whole, c, key, place);
-  if (rest == 0) {
-    return;
+  if (rest != 0) {
+    const VectorBlock<Kept> last = behind(block, whole, kModes);
+    const PaddedVector<Kept> padded(last, rest, kModes);
+    update(padded.block, kLanes, c, key, place + static_cast<uint32_t>(whole));
+    copy(padded.block, last, rest, kModes);
   }
-  float param[kLanes] = {}, grad[kLanes] = {};
-  Kept moments[5][kLanes] = {};
-  const VectorBlock<Kept> vector{param, grad, moments[0], moments[1], moments[2], moments[3], moments[4]};
-  const VectorBlock<Kept> last{block.param + whole,
-                               block.grad + whole,
-                               block.exp_avg + whole,
-                               block.grad_mean + whole,
-                               block.grad_var + whole,
-                               block.weight_sum + whole,
-                               kAmsgrad ? block.max_denom + whole : nullptr};
-  std::memcpy(grad, last.grad, rest * sizeof(float));
-  copy(last, vector, rest, kModes);
-  update(vector, kLanes, c, key, place + static_cast<uint32_t>(whole));
-  copy(vector, last, rest, kModes);
+}
+
+// Adds the squares of a vector's elements to as many lanes.
+MAXVA_FN void add_squares(Floats x, const SquareSums<float>& sums) {
+  if (all(is_medium(x))) {
+    return store(load(sums.medium) + x * x, sums.medium);
+  }
+  alignas(64) float numbers[kLanes];
+  store(x, numbers);
+  add_squares(numbers, kLanes, sums);
+}
+
+// Adds the squares of a block's n parameters, which fill vectors, and of their changes to as many lanes.
+template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad, bool kSaturated>
+[[gnu::noinline]] static void square_whole(const VectorBlock<float> block, int64_t n,
+                                           const Coefficients<float>& coefficients, const SquareSums<float> params,
+                                           const SquareSums<float> changes) {
+  constexpr Modes kModes{kEps, kDecay, kAmsgrad, kSaturated};
+  const Coefficients<Floats> c = broadcast(coefficients);
+  walk_whole<kAlgorithm>(block, n, c, kModes, [&](int64_t i, const Begun&, const Finished& done) {
+    add_squares(done.param, params.from(i));
+    add_squares(done.update.change, changes.from(i));
+  });
+}
+
+// The lanes of a padded vector.
+struct PaddedSums {
+  float numbers[3][kLanes] = {};
+  const SquareSums<float> sums{numbers[0], numbers[1], numbers[2]};
+
+  PaddedSums(const SquareSums<float>& from, int64_t count) { copy(from, sums, count); }
+};
+
+// Adds the squares of a block's n parameters, and of their changes, to as many lanes.
+template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad, bool kSaturated>
+inline void square_vectors(const VectorBlock<float>& block, int64_t n, const Coefficients<float>& c,
+                           const SquareSums<float>& params, const SquareSums<float>& changes) {
+  constexpr auto square = square_whole<kAlgorithm, kEps, kDecay, kAmsgrad, kSaturated>;
+  constexpr Modes kModes{kEps, kDecay, kAmsgrad, kSaturated};
+  const int64_t whole = n / kLanes * kLanes, rest = n - whole;
+  square(block, whole, c, params, changes);
+  if (rest != 0) {
+    const SquareSums<float> last_params = params.from(whole), last_changes = changes.from(whole);
+    const PaddedVector<float> padded(behind(block, whole, kModes), rest, kModes);
+    const PaddedSums padded_params(last_params, rest), padded_changes(last_changes, rest);
+    square(padded.block, kLanes, c, padded_params.sums, padded_changes.sums);
+    copy(padded_params.sums, last_params, rest);
+    copy(padded_changes.sums, last_changes, rest);
+  }
 }
 
 }  // namespace
