@@ -18,14 +18,11 @@ from torch.optim import Optimizer
 from . import distributed
 from .groups import HYPERPARAMETERS, MOMENTS, STATE_DTYPES, arithmetic_dtype
 
-# Options of a group that checkpoints of the first versions lack, with what they were.
-ADDED_SINCE = {
-    "trust_ratio": False,
-    "state_dtype": None,
-    "rounding_seed": 0,
-    "master_weights": False,
-    "stochastic_rounding": False,
-}
+# Options of a group on which no state depends and which a checkpoint may lack, if it is of a first version or was made
+# of another optimizer's: whoever loads it keeps its own. With what they were when there was no choice.
+UNSAID = {"trust_ratio": False, "rounding_seed": 0, "stochastic_rounding": False}
+# All options that checkpoints of the first versions lack.
+ADDED_SINCE = {**UNSAID, "state_dtype": None, "master_weights": False}
 
 
 class _Opaque:
@@ -68,12 +65,15 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     params = [
         (param, STATE_DTYPES[group["state_dtype"]]) for group in optimizer.param_groups for param in group["params"]
     ]
-    state = dict(state_dict["state"])
+    # {} is what looking at the state of a parameter that was never stepped leaves.
+    state = {key: entries for key, entries in state_dict["state"].items() if entries != {}}
     for index, (saved_id, (param, state_dtype)) in enumerate(zip(saved_ids, params, strict=False)):
         if saved_id in state:  # torch itself refuses groups of other lengths
             _check_state(index, param, state_dtype, state[saved_id])
             state[saved_id] = _Opaque(state[saved_id])
-    return {**state_dict, "state": state}
+    own_groups = [{name: own[name] for name in UNSAID} for own in optimizer.param_groups]
+    filled = [{**own, **group} for own, group in zip(own_groups, groups, strict=False)]
+    return {**state_dict, "state": state, "param_groups": filled + groups[len(filled) :]}
 
 
 def unwrap(state: MutableMapping[Any, Any]) -> None:
@@ -104,7 +104,8 @@ def _placed(tensor: Tensor) -> str:
 
 def _copy(name: str, value: Any, param: Tensor) -> Tensor:
     if name == "step":  # an int, or a float tensor, where another tool wrote the checkpoint
-        return torch.as_tensor(value).detach().reshape(()).to(param.device, torch.int64, copy=True)
+        step = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        return step.detach().reshape(()).to(param.device, torch.int64, copy=True)
     if type(value) is Tensor and value.shape == param.shape:
         layout = param.detach()
         return torch.empty_like(layout, dtype=value.dtype, memory_format=torch.preserve_format).copy_(value)

@@ -85,7 +85,7 @@ def check_param(param: Tensor, index: int) -> None:
     _require(
         param.dtype in SUPPORTED,
         f"{describe(param, 'params', index)} must be float32, bfloat16, float16 or float64; "
-        "for a complex parameter optimise torch.view_as_real(parameter)",
+        "for a complex one make a Parameter of torch.view_as_real(...), of which forward takes torch.view_as_complex",
     )
 
 

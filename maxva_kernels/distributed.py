@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import fields
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .groups import Group, TensorLists
+from .groups import TENSOR_LISTS, Group, TensorLists
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,7 +44,8 @@ def any_dtensor(tensors: Iterable[Any]) -> bool:
 def to_local(tensors: Iterable[Any]) -> list[Any]:
     """This rank's parts, which share memory with the whole; what is no DTensor, as None, stays."""
     cls = dtensor()
-    return [tensor.to_local() if isinstance(tensor, cls) else tensor for tensor in tensors]
+    # What `to_local` returns where no gradients are recorded; in a compiled step that itself cannot be called.
+    return [tensor._local_tensor if isinstance(tensor, cls) else tensor for tensor in tensors]
 
 
 def local(groups: Sequence[Group]) -> list[Group]:
@@ -63,7 +63,7 @@ def local(groups: Sequence[Group]) -> list[Group]:
             if grad is not None:
                 grads[i] = _as_spread(grad, param, index, cls)
                 index += 1
-        lists = {field.name: getattr(tensors, field.name) for field in fields(TensorLists)}
+        lists = {name: getattr(tensors, name) for name in TENSOR_LISTS}
         lists["grads"] = grads
         moved.append(group._replace(tensors=TensorLists(**{name: to_local(lists[name]) for name in lists})))
     return moved

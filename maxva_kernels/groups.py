@@ -133,6 +133,9 @@ class TensorLists:
     steps: list[Tensor] = field(default_factory=list)
 
 
+TENSOR_LISTS = tuple(each.name for each in fields(TensorLists))  # once: a compiled step cannot ask for fields
+
+
 class Group(NamedTuple):
     hyper: Hyperparameters
     tensors: TensorLists
@@ -175,7 +178,7 @@ def with_gradients(groups: Sequence[Group]) -> Sequence[Group]:
     for group in groups:
         tensors = group.tensors
         keep = [i for i, grad in enumerate(tensors.grads) if grad is not None]
-        lists = {f.name: getattr(tensors, f.name) for f in fields(TensorLists)}
+        lists = {name: getattr(tensors, name) for name in TENSOR_LISTS}
         kept = {name: [values[i] for i in keep] if values else [] for name, values in lists.items()}
         keys = [group.keys[i] for i in keep] if group.keys else ()
         present.append(group._replace(tensors=TensorLists(**kept), keys=keys))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -455,7 +456,11 @@ def _arguments(names: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hyperparameters(settings: dict[str, Any]) -> Hyperparameters:
-    return Hyperparameters(**{name: settings[name] for name in HYPERPARAMETERS})
+    values = {name: settings[name] for name in HYPERPARAMETERS}
+    # Schedules that multiply their way down to 0, as torch's LinearLR, end beside it.
+    if isinstance(values["lr"], float) and -1e-12 < values["lr"] < 0:
+        values["lr"] = 0.0
+    return Hyperparameters(**values)
 
 
 def _check_state_dtype(group: dict[str, Any]) -> None:
@@ -469,6 +474,10 @@ def _check_state_dtype(group: dict[str, Any]) -> None:
 
 
 def _check_rounding(group: dict[str, Any]) -> None:
+    try:
+        group["rounding_seed"] = operator.index(group["rounding_seed"])
+    except TypeError:
+        raise TypeError(f"rounding_seed must be a whole number, got {group['rounding_seed']!r}") from None
     if not group["stochastic_rounding"]:
         return
     if group["master_weights"]:

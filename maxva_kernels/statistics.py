@@ -82,7 +82,7 @@ class Recorder:
             tensors: of each, in their order in the table, the index of its parameter group and its number of elements.
         """
         chunks = sum(chunks_of(numel) for _, numel in tensors)
-        records = torch.zeros(chunks, len(FIELDS), device=device)
+        records = torch.zeros(chunks, len(FIELDS), dtype=torch.float32, device=device)
         self._tables.append((records, list(tensors)))
         return records
 
@@ -99,7 +99,7 @@ class Recorder:
         clip_factor = 1.0
         if norm is not None and self._max_grad_norm is not None and not self._max_grad_norm >= norm:
             clip_factor = self._max_grad_norm / norm
-        sums = torch.zeros(groups, len(FIELDS), dtype=torch.float64)
+        sums = torch.zeros(groups, len(FIELDS), dtype=torch.float64, device="cpu")
         for records, tensors in self._tables:
             per_chunk = records.detach().to("cpu", torch.float64)
             at = 0

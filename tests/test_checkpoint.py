@@ -20,6 +20,7 @@ from cases import (
 
 from maxva_kernels import LaMAdam, MAdam
 from maxva_kernels.checkpoint import ADDED_SINCE
+from maxva_kernels.convert import from_adam
 
 SIZES = (3, (2, 5), 33)
 
@@ -238,6 +239,42 @@ def test_checkpoint_of_an_older_version():
     loaded.load_state_dict(state_dict)
     adopt_params(loaded, saved)
     assert_same_bits(run(loaded, 2, 4), run(make(MAdam, "auto"), 0, 4))
+
+
+def test_options_that_a_checkpoint_does_not_say():
+    """Guards against options of this optimizer turned off by a checkpoint that knows nothing of them: parameters in
+    bfloat16 that were to be rounded stochastically would no longer move."""
+    params = make_params((64,), torch.bfloat16)
+    theirs = torch.optim.AdamW(params, lr=1e-3)
+    set_grads(params, 0)
+    theirs.step()
+    options = {"stochastic_rounding": True, "rounding_seed": 3, "trust_ratio": True}
+    loaded = MAdam(params, **options)
+    loaded.load_state_dict(from_adam(theirs.state_dict()))
+    assert {name: loaded.param_groups[0][name] for name in options} == options
+    said = MAdam(params).state_dict()  # our own says that it has none, which then holds, as a learning rate does
+    loaded.load_state_dict(said)
+    assert not any(loaded.param_groups[0][name] for name in options)
+
+
+def test_state_that_was_only_looked_at():
+    """Guards a checkpoint with the empty entry that `optimizer.state[param]` leaves."""
+    saved, loaded = make(MAdam, "auto"), make(MAdam, "auto")
+    assert saved.state[saved.param_groups[0]["params"][0]] == {}
+    loaded.load_state_dict(through_file(saved.state_dict()))
+    assert_same_bits(run(loaded, 0, 2), run(saved, 0, 2))
+
+
+@pytest.mark.parametrize("step", [2, torch.tensor(2.0)], ids=repr)
+def test_default_device_while_loading(step):
+    """Guards a count of steps put where torch.set_default_device says."""
+    state_dict = run(make(MAdam, "auto"), 0, 2).state_dict()
+    for entries in state_dict["state"].values():
+        entries["step"] = step
+    loaded = make(MAdam, "auto")
+    with torch.device("meta"):
+        loaded.load_state_dict(state_dict)
+    assert all(entries["step"].item() == 2 for entries in loaded.state.values())
 
 
 def test_hooks_see_plain_state():

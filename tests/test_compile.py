@@ -8,6 +8,8 @@ from cases import ALGORITHMS, assert_same_bits, needs_cpu_kernels
 from torch import nn
 from torch._dynamo.utils import counters
 
+from maxva_kernels import MAdam
+
 STEPS = 6
 OPTIONS = {
     "plain": {},
@@ -152,3 +154,19 @@ def test_generated_code(tmp_path, monkeypatch):
             loss_of(model, step).backward()
             call()
     assert_same_bits(runs[0][1], runs[1][1])
+
+
+def test_parameter_that_loses_its_gradient():
+    """Guards against a graph break where a parameter with state has no gradient this time, as an expert unused."""
+    runs = []
+    for compiled in (False, True):
+        model, optimizer = build(MAdam, "plain")
+        step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiled else optimizer.step
+        for number in range(4):
+            optimizer.zero_grad()
+            loss_of(model, number).backward()
+            if number > 1:
+                model[0].weight.grad = None
+            step()
+        runs.append(optimizer)
+    assert_same_bits(*runs)

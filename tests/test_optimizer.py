@@ -318,6 +318,30 @@ def test_lr_tensor_is_not_written(backend):
     assert rate._version == 0
 
 
+def test_schedules_that_end_beside_zero():
+    """Guards the last step of a run: torch's LinearLR multiplies its way down, to -4e-20 here."""
+    params = make_params((3,))
+    optimizer = MAdam(params, lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, 0.0, total_iters=7)
+    for step in range(9):
+        set_grads(params, step)
+        before = params[0].detach().clone()
+        optimizer.step()
+        assert torch.equal(params[0], before) == (step >= 7)
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] <= 0
+    optimizer.param_groups[0]["lr"] = -1e-3
+    with pytest.raises(ValueError, match="lr must be"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("seed", [1.5, "7", None], ids=repr)
+def test_seed_is_a_whole_number(seed):
+    """Guards an error in place of one from the depths of a step."""
+    with pytest.raises(TypeError, match="rounding_seed must be a whole number"):
+        MAdam(make_params((3,)), rounding_seed=seed)
+
+
 @on_backends
 def test_lr_zero_moves_nothing_and_learns_moments(backend):
     """Guards against lr = 0 (every warm-up's first step) refused or skipped."""

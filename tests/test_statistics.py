@@ -279,3 +279,19 @@ def test_copies():
         assert other.collect_statistics
         run(other, 4, 5)
         assert other.statistics().overall.coordinates == sum(SIZES)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@on_backends
+def test_defaults_make_no_difference(dtype, backend):
+    """Guards records and sums made in the dtype or on the device that is the default."""
+    optimizer = MAdam(make_params((70,), device=device_of(backend)), backend=backend, collect_statistics=True)
+    set_grads(params_of(optimizer), 0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            optimizer.step()
+            assert optimizer.statistics().overall.coordinates == 70
+    finally:
+        torch.set_default_dtype(before)

@@ -139,7 +139,7 @@ def _to_madam(where: str, group: Group, states: States, fairseq: bool) -> tuple[
     new.update(
         adamw=group["decoupled_weight_decay"],
         nesterov=False,
-        lamb=group["trust_ratio"],
+        lamb=group.get("trust_ratio", False),
         share_beta=False,
         moment_warmup=0,
     )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checkpoint import UNSAID
 from ..groups import HYPERPARAMETERS, MOMENTS
 
 Group = dict[str, Any]
@@ -25,7 +26,11 @@ class Format(NamedTuple):
     dropped: tuple[str, ...] = ()
 
 
-OURS = Format("this package", ("algorithm", *HYPERPARAMETERS), ("step", *MOMENTS))
+OURS = Format(
+    "this package",
+    group=("algorithm", *(name for name in HYPERPARAMETERS if name not in UNSAID)),
+    state=("step", *MOMENTS),
+)
 AUTHORS_MADAM = Format(
     "the authors' MAdam",
     group=("lr", "beta1", "beta2_range", "eps", "weight_decay"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..checkpoint import UNSAID
 from ..groups import MOMENTS
 from ..optim import LaMAdam, MAdam
 from .formats import Format, Group, States
@@ -85,13 +86,16 @@ def our_group(
 ) -> dict[str, Any]:
     """The group with our hyperparameters in the place of theirs; what the user put there is kept.
 
-    An optimizer of one empty parameter says what a group has and refuses what is out of range.
+    An optimizer of one empty parameter says what a group has and refuses what is out of range. Options of which their
+    checkpoint knows nothing are left out, and so are those of the optimizer that loads it.
     """
     hyper = {"lr": group["lr"], "eps": group["eps"], "weight_decay": group["weight_decay"], "eps_mode": "adam", **hyper}
     try:
         made = algorithm([Parameter(torch.empty(0))], **hyper).state_dict()["param_groups"][0]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where} cannot be one of {algorithm.__name__}: {error}") from error
+    for name in UNSAID.keys() - hyper.keys():
+        del made[name]
     kept = {name: value for name, value in group.items() if name not in source.dropped}
     return {**kept, **made, "lr": group["lr"], "params": group["params"]}
 
