@@ -75,29 +75,19 @@ MAXVA_FN Begun begin_lanes(const VectorBlock<Kept>& block, int64_t i, const Coef
   return begun;
 }
 
-struct Finished {
-  Floats param, exp_avg, max_denom;  // the parameter as it was
-  Update<Floats> update;
-};
-
 template <Algorithm kAlgorithm, typename Kept>
-MAXVA_FN Finished finish_lanes(const VectorBlock<Kept>& block, int64_t i, const Begun& begun,
-                               const Coefficients<Floats>& c, const Modes modes) {
-  Finished done;
-  done.param = load(block.param + i);
-  done.exp_avg = load(block.exp_avg + i);
-  done.max_denom = modes.amsgrad ? load(block.max_denom + i) : Floats(0);
-  finish_update<kAlgorithm>(done.param, begun.grad, done.exp_avg, begun.grad_mean, begun.grad_var, begun.weight_sum,
-                            done.max_denom, c, modes, done.update);
-  return done;
-}
+MAXVA_FN void finish_lanes(const VectorBlock<Kept>& block, int64_t i, const Begun& begun, const Coefficients<Floats>& c,
+                           const Modes modes, const RandomBits<Words>& random) {
+  const Floats param = load(block.param + i);
+  Floats exp_avg = load(block.exp_avg + i);
+  Floats most = modes.amsgrad ? load(block.max_denom + i) : Floats(0);
+  Update<Floats> update;
+  finish_update<kAlgorithm>(param, begun.grad, exp_avg, begun.grad_mean, begun.grad_var, begun.weight_sum, most, c,
+                            modes, update);
+  store(param - update.change, block.param + i);
 
-template <typename Kept>
-MAXVA_FN void store_lanes(const VectorBlock<Kept>& block, int64_t i, const Begun& begun, const Finished& done,
-                          const Modes modes, const RandomBits<Words>& random) {
-  store(done.param - done.update.change, block.param + i);
   // Where a moment is a NaN the update is one: so one comparison tells, in the place of one for each moment.
-  const bool special = std::is_same_v<Kept, BFloat16> && any_nan(done.update.adaptive);
+  const bool special = std::is_same_v<Kept, BFloat16> && any_nan(update.adaptive);
   const auto keep = [&](Floats value, const Words& its_random, Kept* to) {
     if constexpr (std::is_same_v<Kept, float>) {
       store(value, to + i);
@@ -105,22 +95,22 @@ MAXVA_FN void store_lanes(const VectorBlock<Kept>& block, int64_t i, const Begun
       store_upper(special ? add_random(value, its_random) : to_bits(value) + its_random, to + i);
     }
   };
-  keep(done.exp_avg, random.exp_avg, block.exp_avg);
+  keep(exp_avg, random.exp_avg, block.exp_avg);
   keep(begun.grad_mean, random.grad_mean, block.grad_mean);
   keep(begun.grad_var, random.grad_var, block.grad_var);
   if (!modes.saturated) {
     keep(begun.weight_sum, random.weight_sum, block.weight_sum);
   }
   if (modes.amsgrad) {
-    nearest(done.max_denom, block.max_denom + i);  // of rounded maxima the largest would stay, and grow
+    nearest(most, block.max_denom + i);  // of rounded maxima the largest would stay, and grow
   }
 }
 
-// Computes the step of n elements, which fill vectors, and calls use(i, begun, finished) for each vector, whose first
-// element is i.
-template <Algorithm kAlgorithm, typename Kept, typename Use>
+// Begins the step of n elements, which fill vectors, batch by batch, and calls finish(i, begun) for each vector, whose
+// first element is i.
+template <typename Kept, typename Finish>
 MAXVA_FN void walk_whole(const VectorBlock<Kept>& block, int64_t n, const Coefficients<Floats>& c, const Modes modes,
-                         Use use) {
+                         Finish finish) {
   for (int64_t i = 0; i < n;) {
     const int64_t left = (n - i) / kLanes, vectors = left < kAhead ? left : kAhead;
     Begun begun[kAhead];
@@ -129,7 +119,7 @@ MAXVA_FN void walk_whole(const VectorBlock<Kept>& block, int64_t n, const Coeffi
       begun[k] = begin_lanes(block, i + k * kLanes, c, modes);
     }
     for (int64_t k = 0; k < vectors; ++k, i += kLanes) {
-      use(i, begun[k], finish_lanes<kAlgorithm>(block, i, begun[k], c, modes));
+      finish(i, begun[k]);
     }
   }
 }
@@ -142,8 +132,8 @@ template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad,
   const Coefficients<Floats> c = broadcast(coefficients);
   Words places = Words::from(place + key.low);  // once, in place of an addition for each vector
   key.low = 0;
-  walk_whole<kAlgorithm>(block, n, c, kModes, [&](int64_t i, const Begun& begun, const Finished& done) {
-    store_lanes(block, i, begun, done, kModes, random_bits(key, places));
+  walk_whole(block, n, c, kModes, [&](int64_t i, const Begun& begun) {
+    finish_lanes<kAlgorithm>(block, i, begun, c, kModes, random_bits(key, places));
     places = places + uint32_t(kLanes);
   });
 }
@@ -227,9 +217,15 @@ template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad,
                                            const SquareSums<float> changes) {
   constexpr Modes kModes{kEps, kDecay, kAmsgrad, kSaturated};
   const Coefficients<Floats> c = broadcast(coefficients);
-  walk_whole<kAlgorithm>(block, n, c, kModes, [&](int64_t i, const Begun&, const Finished& done) {
-    add_squares(done.param, params.from(i));
-    add_squares(done.update.change, changes.from(i));
+  walk_whole(block, n, c, kModes, [&](int64_t i, const Begun& begun) {
+    const Floats param = load(block.param + i);
+    Floats exp_avg = load(block.exp_avg + i);
+    Floats most = kAmsgrad ? load(block.max_denom + i) : Floats(0);
+    Update<Floats> update;
+    finish_update<kAlgorithm>(param, begun.grad, exp_avg, begun.grad_mean, begun.grad_var, begun.weight_sum, most, c,
+                              kModes, update);
+    add_squares(param, params.from(i));
+    add_squares(update.change, changes.from(i));
   });
 }
 
