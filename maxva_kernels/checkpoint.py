@@ -73,7 +73,7 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             state[saved_id] = _Opaque(state[saved_id])
     own_groups = [{name: own[name] for name in UNSAID} for own in optimizer.param_groups]
     filled = [{**own, **group} for own, group in zip(own_groups, groups, strict=False)]
-    return {**state_dict, "state": state, "param_groups": filled + groups[len(filled) :]}
+    return {**state_dict, "state": state, "param_groups": [*filled, *groups[len(filled) :]]}
 
 
 def unwrap(state: MutableMapping[Any, Any]) -> None:

@@ -29,7 +29,7 @@ def report() -> str:
     ]
     table = [ROW.format("backend", "built", "can run", "")]
     for name in registry.BACKENDS:
-        why_not = registry.why_not(name, torch.device("cuda" if name in ("cuda", "triton") else "cpu"))
+        why_not = registry.why_not(name, torch.device(registry.device_type(name)))
         built = ("yes" if record[name]["built"] else "no") if name in build_record.MODULES else "-"
         table.append(ROW.format(name, built, "no" if why_not else "yes", why_not or _note(name)))
     note_column = len(ROW.format("", "", "", ""))

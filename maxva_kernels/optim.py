@@ -135,6 +135,7 @@ class _MaxVA(Optimizer):
         group = self.param_groups[-1]
         try:
             group["state_dtype"] = state_dtype_name(group["state_dtype"])
+            group["rounding_seed"] = _seed(group["rounding_seed"])
             for option in _OWN_OPTIONS:
                 # ZeroRedundancyOptimizer writes all of its arguments into the groups.
                 if group.pop(option, getattr(self, option)) != getattr(self, option):
@@ -473,11 +474,14 @@ def _check_state_dtype(group: dict[str, Any]) -> None:
             raise ValueError(f"state_dtype={dtype} is too narrow for {named}; use None in a group of such parameters")
 
 
-def _check_rounding(group: dict[str, Any]) -> None:
+def _seed(value: Any) -> int:
     try:
-        group["rounding_seed"] = operator.index(group["rounding_seed"])
+        return operator.index(value)
     except TypeError:
-        raise TypeError(f"rounding_seed must be a whole number, got {group['rounding_seed']!r}") from None
+        raise TypeError(f"rounding_seed must be a whole number, got {value!r}") from None
+
+
+def _check_rounding(group: dict[str, Any]) -> None:
     if not group["stochastic_rounding"]:
         return
     if group["master_weights"]:

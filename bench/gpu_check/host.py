@@ -49,10 +49,9 @@ def run(stage: Stage) -> None:
         if name.startswith("400"):
             stage.record["functions"] = functions(entered[0].step, 2 if stage.rehearsal else 200)
     # Last, since the profiler stays in the process once it was used, and the host's calls go through it.
-    for i, entered in enumerate(all_entered):
-        measured = stage.record["cases"]
-        measured[i]["launches"] = launches(stage, gpu, entered)
-        stage.record["cases"] = measured
+    for case, entered in zip(stage.record["cases"], all_entered, strict=True):
+        case["launches"] = launches(stage, gpu, entered)
+        stage.record.save()
 
 
 def replayed(gpu: Any, shapes: list[tuple[int, ...]]) -> Contender:

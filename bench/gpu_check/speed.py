@@ -77,7 +77,7 @@ def measure_case(stage: Stage, gpu: Any, case: Case) -> None:
     entered += contenders.bandwidths(1 << 16 if stage.rehearsal else 1 << 30, gpu.device)
     parameters = sum(torch.Size(shape).numel() for shape in case.shapes)
     results = measure(gpu, entered, 2 if stage.rehearsal else 25)
-    measured = {
+    measured: dict[str, Any] = {
         "case": case.name,
         "dtype": str(case.dtype).removeprefix("torch."),
         "tensors": len(case.shapes),
@@ -85,9 +85,9 @@ def measure_case(stage: Stage, gpu: Any, case: Case) -> None:
         "results": figures(results, entered, parameters, gpu.cache_bytes()),
         "launches": {},
     }
-    before = stage.record["cases"]
-    stage.record["cases"] = [*before, measured]
-    stage.record["cases"] = [*before, {**measured, "launches": launches(stage, gpu, entered)}]
+    stage.record["cases"] = [*stage.record["cases"], measured]
+    measured["launches"] = launches(stage, gpu, entered)
+    stage.record.save()
 
 
 def measure(gpu: Any, entered: list[Contender], rounds: int) -> dict[str, list[float]]:

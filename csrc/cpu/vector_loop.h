@@ -210,7 +210,8 @@ MAXVA_FN void add_squares(Floats x, const SquareSums<float>& sums) {
   add_squares(numbers, kLanes, sums);
 }
 
-// Adds the squares of a block's n parameters, which fill vectors, and of their changes to as many lanes.
+// Adds the squares of a block's n parameters, which fill vectors, and of their changes to as many lanes. It loads as
+// `finish_lanes` does; what the two could share cost the step registers.
 template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad, bool kSaturated>
 [[gnu::noinline]] static void square_whole(const VectorBlock<float> block, int64_t n,
                                            const Coefficients<float>& coefficients, const SquareSums<float> params,

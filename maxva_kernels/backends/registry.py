@@ -42,6 +42,11 @@ BACKENDS = tuple(_MODULES)
 """The backends' names, fastest first: the order in which "auto" tries them."""
 
 
+def device_type(name: str) -> str:
+    """The type of devices that the backend ``name`` is made for."""
+    return "cuda" if name in (cuda.NAME, triton.NAME) else "cpu"
+
+
 def why_not(name: str, device: torch.device) -> str | None:
     """Why the backend ``name`` cannot run on ``device`` and what to do about it; None if it can.
 
@@ -70,20 +75,27 @@ def select(name: str, device: torch.device) -> Backend:
 
 
 def _select(name: str, device: torch.device) -> Backend:
-    reasons: list[str] = []
+    reasons: dict[str, str] = {}
     for candidate in BACKENDS if name == "auto" else (name,):
         reason = why_not(candidate, device)
-        if reason is None:
-            if name == "auto" and candidate == reference.NAME:
-                made_for_it = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device.type, ())
-                because = "; ".join(text for text in reasons if text.startswith(made_for_it)) or "there are none for it"
-                warnings.warn(
-                    f"maxva: steps on {device} are taken by backend='reference', a hundred times slower than kernels "
-                    f"({because}). Name that backend to have no warning.",
-                    stacklevel=2,
-                )
-            return _MODULES[candidate]
-        reasons.append(f"{candidate}: {reason}")
+        if reason is not None:
+            reasons[candidate] = reason
+            continue
+        if name == "auto" and candidate == reference.NAME:
+            _warn(device, {other: text for other, text in reasons.items() if device_type(other) == device.type})
+        return _MODULES[candidate]
     if name == "auto":
-        raise RuntimeError(f"no backend can run on device {device}: {'; '.join(reasons)}")
-    raise RuntimeError(f"backend={name!r} cannot run on device {device}: {reasons[0].removeprefix(f'{name}: ')}")
+        raise RuntimeError(f"no backend can run on device {device}: {_listed(reasons)}")
+    raise RuntimeError(f"backend={name!r} cannot run on device {device}: {reasons[name]}")
+
+
+def _warn(device: torch.device, reasons: dict[str, str]) -> None:
+    warnings.warn(
+        f"maxva: steps on {device} are taken by backend='reference', a hundred times slower than kernels "
+        f"({_listed(reasons) or 'there are none for it'}). Name that backend to have no warning.",
+        stacklevel=3,
+    )
+
+
+def _listed(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())

@@ -24,7 +24,7 @@ def to_state_dtype(state_dict: dict[str, Any], dtype: torch.dtype | None) -> dic
     state = {}
     for index, entries in state_dict["state"].items():
         missing = [name for name in MOMENTS if name not in entries]
-        if missing:
+        if entries and missing:
             raise ValueError(f"the state of parameter {index} has no {missing[0]!r}; was it written by MaxVA?")
         state[index] = {
             name: _converted(value, dtype, f"{name} of parameter {index}") if name in (*MOMENTS, "max_denom") else value
