@@ -4,13 +4,13 @@ import json
 import os
 import random
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 for _name in ("transformers", "tokenizers", "matplotlib", "tqdm"):
     pytest.importorskip(_name, reason=f'{_name} is not installed: pip install ".[bench]"')
@@ -221,10 +221,11 @@ def test_diverged_run_says_what_to_do(train, tmp_path, monkeypatch, capsys):
 
 
 def as_rank(rank, ports, runs):
-    """One of two ranks: several runs, each in a process group of its own."""
+    """One of two ranks: several runs, each in a process group of its own, as torchrun starts them."""
     torch.set_num_threads(1)
     for port, options in zip(ports, runs, strict=True):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
         os.environ.update({key: str(value) for key, value in place.items()})
         assert bert_pretrain.main(options) == 0
 
@@ -241,7 +242,11 @@ def two_ranks(train, text, tmp_path_factory):
         runs.append([*TINY.split(), *options, *shared, "--parallel", parallel])
         train(folder / f"half-{parallel}", *options, "--stop-after", "7")
         runs.append(["--resume", str(folder / f"half-{parallel}"), "--parallel", parallel])
-    processes = torch.multiprocessing.spawn(as_rank, (free_ports(len(runs)), runs), nprocs=2, join=False)
+    # The stores that the ranks meet at are ours and stay, as torchrun's do: a port looked up and let go may have become
+    # another's when rank 0 wants it, and a store on rank 0 ends before rank 1 has left the group.
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in runs]
+    ports = [store.port for store in stores]
+    processes = torch.multiprocessing.spawn(as_rank, (ports, runs), nprocs=2, join=False)
     deadline = time.monotonic() + 120
     try:
         while not processes.join(timeout=1):
@@ -250,16 +255,6 @@ def two_ranks(train, text, tmp_path_factory):
         for process in processes.processes:
             process.kill()
     return folder, alone
-
-
-def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 @pytest.mark.parametrize("run", ["ddp", "fsdp2", "half-ddp", "half-fsdp2"])
