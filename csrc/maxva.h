@@ -145,8 +145,9 @@ MAXVA_FN T grad_factor(T grad_scale, T norm, T max_grad_norm, bool maximize) {
   return maximize ? -factor : factor;
 }
 
+// `correction` is bias_correction's of the step.
 template <typename T>
-MAXVA_FN Coefficients<T> make_coefficients(const Hyperparameters<T>& h, int64_t step, T grad_factor) {
+MAXVA_FN Coefficients<T> make_coefficients(const Hyperparameters<T>& h, T correction, T grad_factor) {
   Coefficients<T> c;
   c.grad_factor = grad_factor;
   c.alpha = h.alpha;
@@ -156,9 +157,24 @@ MAXVA_FN Coefficients<T> make_coefficients(const Hyperparameters<T>& h, int64_t 
   c.first_weight = h.first_weight;
   c.saturation = h.saturation;
   c.eps = h.eps;
-  c.step_size = h.lr / bias_correction<T>(h.alpha_bits, step);
+  c.step_size = h.lr / correction;
   c.decay = h.decay_mode == WeightDecay::kL2 ? h.weight_decay : h.lr * h.weight_decay;
   return c;
+}
+
+// Coefficients for several numbers at once.
+template <typename To, typename T>
+MAXVA_FN Coefficients<To> broadcast(const Coefficients<T>& c) {
+  return {To(c.grad_factor),
+          To(c.alpha),
+          To(c.one_minus_alpha),
+          To(c.one_minus_beta_upper),
+          To(c.one_minus_beta_lower),
+          To(c.first_weight),
+          To(c.saturation),
+          To(c.eps),
+          To(c.step_size),
+          To(c.decay)};
 }
 
 // What the formula needs beside arithmetic and comparisons. A vector has its own (cpu/vector.h).

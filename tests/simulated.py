@@ -118,12 +118,13 @@ class Simulation:
         blocks: how many blocks a launch has at most.
         track: count the accesses of each byte (`Buffer.reads`, `Buffer.writes`).
         seed: shuffles the order of the blocks.
+        approx_ulp: approximate instructions are off by up to so many units in the last place.
     """
 
     backend: str  # the name of the backend that it stands in for
 
-    def __init__(self, *, blocks: int = 3, track: bool = False, seed: int | None = None):
-        self.blocks, self.track, self.seed = blocks, track, seed
+    def __init__(self, *, blocks: int = 3, track: bool = False, seed: int | None = None, approx_ulp: int = 0):
+        self.blocks, self.track, self.seed, self.approx_ulp = blocks, track, seed, approx_ulp
         self.max_lanes = 1 << 15  # threads that run side by side; with those of one block, blocks run one by one
         self.max_steps = 50_000_000  # of what runs side by side, to end an endless loop
         self.launches: list[Launch] = []
@@ -137,6 +138,7 @@ class Simulation:
         device, buffers = _mapped((name, *self.only.get(name, (address, size))) for name, address, size in ranges)
         blocks = max(1, min(chunks, self.blocks))
         given = {"track": self.track, "seed": self.seed, "max_lanes": self.max_lanes, "max_steps": self.max_steps}
+        given |= {"approx_ulp": self.approx_ulp}
         stats = module.launch(entry, blocks, threads, arguments, device, **given, **options)
         self.launches.append(Launch(name, stats, buffers))
 

@@ -18,6 +18,7 @@ from cases import (
     assert_same_bits,
     make_params,
     needs_cpu_kernels,
+    set_grads,
 )
 from simulated import Simulation
 from simulated_cuda import CSRC, bridge, constant, needs_compilers, step_entry
@@ -102,6 +103,24 @@ def test_special_values(algorithm, dtype, extra, simulated):
         for optimizer in pair:
             optimizer.step()
     step_both(pair, 4)
+
+
+@pytest.mark.parametrize("state_dtype", [None, BF16], ids=str)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_no_result_shows_how_good_an_approximation_is(algorithm, state_dtype, simulate_cuda):
+    """Guards the divisions and roots that begin with the hardware's approximations, which a simulator cannot know: with
+    gradients of all magnitudes, so that some packets are for the short chains, some for the long ones."""
+    simulated = simulate_cuda(approx_ulp=1, blocks=8)
+    sizes = (512, 512, 2048)
+    pair = with_twin(algorithm(make_params(sizes), backend=simulated.backend, **BASE, state_dtype=state_dtype))
+    for step in range(3):
+        for optimizer in pair:
+            params = optimizer.param_groups[0]["params"]
+            set_grads(params, step)
+            params[1].grad *= 2.0**-50  # its squares are on both sides of the window's lower end
+            params[2].grad *= 2.0 ** torch.randint(-60, 30, (2048,), generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        assert_same_bits(*pair)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

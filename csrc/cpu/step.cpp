@@ -106,10 +106,10 @@ Work prepare(const StepArguments& a) {
       const double ratio = ratios == nullptr ? 1 : ratios[i];
       if (t.param_dtype == DType::kDouble) {
         twice.lr = a.update_norms ? 1 : rate_twice * ratio;
-        t.twice = make_coefficients(twice, step, factor_twice);
+        t.twice = make_coefficients(twice, bias_correction<double>(twice.alpha_bits, step), factor_twice);
       } else {
         single.lr = a.update_norms ? 1 : rate * float(ratio);
-        t.single = make_coefficients(single, step, factor);
+        t.single = make_coefficients(single, bias_correction<float>(single.alpha_bits, step), factor);
       }
       t.statistics = statistics;
       statistics += statistics == nullptr ? 0 : chunks_of(count);

@@ -159,21 +159,6 @@ MAXVA_FN void store_upper(Words x, BFloat16* to) {
   store_packed(x.low, x.high, to);
 }
 
-MAXVA_FN Coefficients<Floats> broadcast(const Coefficients<float>& c) {
-  Coefficients<Floats> to;
-  to.grad_factor = Floats(c.grad_factor);
-  to.alpha = Floats(c.alpha);
-  to.one_minus_alpha = Floats(c.one_minus_alpha);
-  to.one_minus_beta_upper = Floats(c.one_minus_beta_upper);
-  to.one_minus_beta_lower = Floats(c.one_minus_beta_lower);
-  to.first_weight = Floats(c.first_weight);
-  to.saturation = Floats(c.saturation);
-  to.eps = Floats(c.eps);
-  to.step_size = Floats(c.step_size);
-  to.decay = Floats(c.decay);
-  return to;
-}
-
 }  // namespace
 }  // namespace maxva::cpu
 

@@ -129,7 +129,7 @@ template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad,
 [[gnu::noinline]] static void update_whole(const VectorBlock<Kept> block, int64_t n,
                                            const Coefficients<float>& coefficients, RoundingKey key, uint32_t place) {
   constexpr Modes kModes{kEps, kDecay, kAmsgrad, kSaturated};
-  const Coefficients<Floats> c = broadcast(coefficients);
+  const Coefficients<Floats> c = broadcast<Floats>(coefficients);
   Words places = Words::from(place + key.low);  // once, in place of an addition for each vector
   key.low = 0;
   walk_whole(block, n, c, kModes, [&](int64_t i, const Begun& begun) {
@@ -217,7 +217,7 @@ template <Algorithm kAlgorithm, EpsMode kEps, WeightDecay kDecay, bool kAmsgrad,
                                            const Coefficients<float>& coefficients, const SquareSums<float> params,
                                            const SquareSums<float> changes) {
   constexpr Modes kModes{kEps, kDecay, kAmsgrad, kSaturated};
-  const Coefficients<Floats> c = broadcast(coefficients);
+  const Coefficients<Floats> c = broadcast<Floats>(coefficients);
   walk_whole(block, n, c, kModes, [&](int64_t i, const Begun& begun) {
     const Floats param = load(block.param + i);
     Floats exp_avg = load(block.exp_avg + i);

@@ -16,6 +16,7 @@
 
 #include "cuda/launch.h"
 #include "cuda/packet.cuh"
+#include "cuda/several.cuh"
 #include "float16.h"
 #include "master.h"
 #include "rounding.h"
@@ -26,8 +27,8 @@ namespace maxva::cuda {
 // Blocks that must fit a multiprocessor at once, which limits a thread to 80 or 128 registers. Either way its threads
 // have 48 KB and more under way, above what hides the latency of memory at full speed: 6 packets a thread where all
 // operands are equally wide, 8 and more where some are half as wide as others.
-template <typename Param, typename Grad, typename State>
-constexpr int kStepBlocks = sizeof(Param) == 4 && sizeof(Grad) == 4 && sizeof(State) == 4 ? 3 : 2;
+template <typename Param, typename Grad, typename State, bool kStatistics>
+constexpr int kStepBlocks = sizeof(Param) == 4 && sizeof(Grad) == 4 && sizeof(State) == 4 && !kStatistics ? 3 : 2;
 
 // The elements of one thread in one turn: element k lies `first + k * spacing` behind where the chunk begins.
 struct Place {
@@ -35,6 +36,16 @@ struct Place {
   int begin, end;  // the chunk's elements that are there: before and beyond lie none, or other chunks'
   int spacing;
   bool whole;  // all are there and lie in aligned packets
+
+  // Calls access(true or false), as a type that `load` and `store` take for kWhole: one branch for all operands.
+  template <typename Access>
+  __device__ __forceinline__ void if_whole(const Access& access) const {
+    if (whole) {
+      access(std::true_type{});
+    } else {
+      access(std::false_type{});
+    }
+  }
 
   // Where element k is, or -1 if it is not there. The empty statement hides how it was computed: else the compiler
   // keeps the addresses of these rare accesses from the loads to the stores, and spills other registers for them.
@@ -45,32 +56,32 @@ struct Place {
   }
 
   // Elements from ... from + kCount - 1 of the thread.
-  template <int kCount, typename Stored>
+  template <bool kWhole, int kCount, typename Stored>
   __device__ __forceinline__ void load(const Stored* memory, int from, Stored (&to)[kCount]) const {
-    if (whole) {
+    if constexpr (kWhole) {
       load_packets(memory + first + from, to);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const int i = find(from + k);
-      if (i >= 0) {
-        to[k] = *in_global_memory(memory + i);
+      for (int k = 0; k < kCount; ++k) {
+        const int i = find(from + k);
+        if (i >= 0) {
+          to[k] = *in_global_memory(memory + i);
+        }
       }
     }
   }
 
-  template <int kCount, typename Stored>
+  template <bool kWhole, int kCount, typename Stored>
   __device__ __forceinline__ void store(const Stored (&values)[kCount], int from, Stored* memory) const {
-    if (whole) {
+    if constexpr (kWhole) {
       store_packets(values, memory + first + from);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      const int i = find(from + k);
-      if (i >= 0) {
-        *in_global_memory(memory + i) = values[k];
+      for (int k = 0; k < kCount; ++k) {
+        const int i = find(from + k);
+        if (i >= 0) {
+          *in_global_memory(memory + i) = values[k];
+        }
       }
     }
   }
@@ -102,13 +113,19 @@ __device__ __forceinline__ void write_record(const StatisticsSums<T>& own, Stati
   }
 }
 
-// A moment to compute with: itself where it is stored in the arithmetic's type, and else its value.
+// Stores a moment: in the arithmetic's type, or rounded stochastically.
 template <typename T>
-__device__ __forceinline__ T& opened(T& stored) {
-  return stored;
+__device__ __forceinline__ void keep(T value, uint32_t, T& stored) {
+  stored = value;
 }
-__device__ __forceinline__ float opened(BFloat16& stored) {
-  return to_float(stored);
+__device__ __forceinline__ void keep(float value, uint32_t random, BFloat16& stored) {
+  stored = round_stochastically(value, random);
+}
+
+// That of one lane.
+template <typename T, int kCount>
+__device__ __forceinline__ Update<T> lane(const Update<Several<T, kCount>>& of, int k) {
+  return {of.change[k], of.adaptive[k], of.gradient[k], of.one_minus_beta[k]};
 }
 
 template <int kCount, typename Stored>
@@ -129,42 +146,67 @@ __device__ __forceinline__ bool all_ones(const Stored (&values)[kCount]) {
   return every;
 }
 
-// The value of a parameter, which only in bfloat16 may have a master.
-template <typename T, typename Param>
-__device__ __forceinline__ T open_param(Param param, bool has_master, int16_t rest) {
+// Values of parameters, which only in bfloat16 may have masters.
+template <typename T, int kCount, typename Param>
+__device__ __forceinline__ Several<T, kCount> open_params(const Param* params, bool has_master, const int16_t* rests) {
   if constexpr (std::is_same_v<Param, BFloat16>) {
     if (has_master) {
-      return join_master(param, rest);
+      return each<kCount>([&](int k) { return join_master(params[k], rests[k]); });
     }
   }
-  return widen<T>(param);
+  return each<kCount>([&](int k) { return widen<T>(params[k]); });
 }
-// And back. `random` gives RandomBits.
-template <typename T, typename Param, typename Random>
-__device__ __forceinline__ void close_param(T value, bool has_master, bool rounds, Random random, Param& param,
-                                            int16_t& rest) {
+// And back. `random(k)` gives a lane's RandomBits.
+template <typename T, int kCount, typename Param, typename Random>
+__device__ __forceinline__ void close_params(const Several<T, kCount>& values, bool has_master, bool rounds,
+                                             const Random& random, Param* params, int16_t* rests) {
+  const auto for_each = [&](const auto& close) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      close(k);
+    }
+  };
   if constexpr (std::is_same_v<Param, BFloat16>) {
     if (has_master) {
-      return split_master(value, param, rest);
+      return for_each([&](int k) { split_master(values[k], params[k], rests[k]); });
     }
     if (rounds) {
-      param = round_stochastically(value, random().param);
-      return;
+      return for_each([&](int k) { params[k] = round_stochastically(values[k], random(k).param); });
     }
   }
-  convert(value, param);
+  for_each([&](int k) { convert(values[k], params[k]); });
 }
+
+// A bias correction and what it is of. The chunks of a model mostly share it, and while one thread computes it, which
+// takes some twenty multiplications in a row, its block loads nothing.
+template <typename T>
+struct BiasCorrection {
+  uint64_t alpha_bits;
+  int64_t step;  // 0: none yet
+  T value;
+};
 
 // What is the same for all elements of a tensor. Threads read it where it is, in shared memory: registers are scarce.
 template <typename T>
 struct Common {
   Coefficients<T> coefficients;
+  BiasCorrection<T> correction;
   RoundingKey key;  // of what is rounded stochastically
   bool rounds_param;
   int64_t step;    // with this one
   uint32_t stamp;  // of the chunk, see Note [Saturated chunks]
   bool searches;   // whether a chunk without stamp is to be looked through for w that are not 1
 };
+
+// The pointer of a warp's first thread, which is that of all: but so the compiler knows it, and keeps it once for the
+// warp and not in two registers of each thread.
+template <typename V>
+__device__ __forceinline__ V* uniform(V* pointer) {
+  const uint64_t bits = reinterpret_cast<uint64_t>(pointer);
+  const uint32_t low = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits), 0);
+  const uint32_t high = __shfl_sync(0xffffffffu, static_cast<uint32_t>(bits >> 32), 0);
+  return reinterpret_cast<V*>(static_cast<uint64_t>(high) << 32 | low);
+}
 
 // What came of a chunk.
 template <typename T>
@@ -195,6 +237,8 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   using Narrow = std::conditional_t<kNarrowState, State, std::conditional_t<kNarrowParam, Param, Grad>>;
   constexpr int kWidth = kPerPacket<Narrow>;
   constexpr int kSlice = kPerPacket<State>;  // as many at a time need their state in registers
+  // So many are updated side by side: as many as there are registers for, and in float64 there is no short chain.
+  constexpr int kLanes = std::is_same_v<T, double> ? 1 : kRounds && kStatistics ? 2 : 4;
   static_assert(kStepChunk % (kWidth * kStepThreads) == 0);
 
   // 1. Where this chunk begins and ends, and whether packets can be used.
@@ -210,14 +254,14 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   const int64_t start = chunk * kStepChunk - shift;
   const bool is_last = (chunk + 1) * kStepChunk >= row.numel;
 
-  Param* const params = static_cast<Param*>(row.param) + start;
-  const Grad* const grads = grad + start;
-  State* const exp_avgs = static_cast<State*>(row.exp_avg) + start;
-  State* const grad_means = static_cast<State*>(row.grad_mean) + start;
-  State* const grad_vars = static_cast<State*>(row.grad_var) + start;
-  State* const weight_sums = static_cast<State*>(row.weight_sum) + start;
-  State* const max_denoms = static_cast<State*>(row.max_denom) + start;
-  int16_t* const rests = row.master + start;
+  Param* const params = uniform(static_cast<Param*>(row.param) + start);
+  const Grad* const grads = uniform(grad + start);
+  State* const exp_avgs = uniform(static_cast<State*>(row.exp_avg) + start);
+  State* const grad_means = uniform(static_cast<State*>(row.grad_mean) + start);
+  State* const grad_vars = uniform(static_cast<State*>(row.grad_var) + start);
+  State* const weight_sums = uniform(static_cast<State*>(row.weight_sum) + start);
+  State* const max_denoms = uniform(static_cast<State*>(row.max_denom) + start);
+  int16_t* const rests = uniform(row.master + start);
   const bool has_master = kMayHaveMaster && row.master != nullptr;
   const bool known_saturated = is_stamped(common.stamp, common.step, shift);
 
@@ -226,80 +270,100 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   at.end = is_last ? int(row.numel - start) : int(kStepChunk);
   at.spacing = packets ? 1 : kStepThreads;
   StatisticsSums<T> sums{};
+  const auto coefficients = broadcast<Several<T, kLanes>>(common.coefficients);
   for (at.first = threadIdx.x * (packets ? kWidth : 1); at.first < at.end; at.first += kStepThreads * kWidth) {
     at.whole = packets && at.first >= at.begin && at.first + kWidth <= at.end;
 
-    // 2. Load, state in slices.
     Param param[kWidth];
     Grad gradient[kWidth];
-    at.load(params, 0, param);
-    at.load(grads, 0, gradient);
     int16_t rest[kWidth];
-    if constexpr (kMayHaveMaster) {
-      if (has_master) {
-        at.load(rests, 0, rest);
-      }
-    }
 #pragma unroll
     for (int from = 0; from < kWidth; from += kSlice) {
+      // 2. Load, state in slices.
       State exp_avg[kSlice], grad_mean[kSlice], grad_var[kSlice], weight_sum[kSlice], max_denom[kSlice];
-      at.load(exp_avgs, from, exp_avg);
-      at.load(grad_means, from, grad_mean);
-      at.load(grad_vars, from, grad_var);
       fill_ones(weight_sum);
-      if (!known_saturated) {
-        at.load(weight_sums, from, weight_sum);
-      }
-      const bool saturated = all_ones(weight_sum);
-      if (modes.amsgrad) {
-        at.load(max_denoms, from, max_denom);
-      }
-
-      // 3. Update.
-#pragma unroll
-      for (int k = 0; k < kSlice; ++k) {
-        const T value = open_param<T>(param[from + k], has_master, rest[from + k]);
-        auto &&m = opened(exp_avg[k]), &&u = opened(grad_mean[k]), &&s = opened(grad_var[k]);
-        auto &&w = opened(weight_sum[k]), &&x = opened(max_denom[k]);
-        const Update<T> to =
-            update<kAlgorithm>(value, widen<T>(gradient[from + k]), m, u, s, w, x, common.coefficients, modes);
-        const auto random = [&] {
-          const int i = at.first + (from + k) * at.spacing;
-          return random_bits(common.key, static_cast<uint32_t>(start) + static_cast<uint32_t>(i));
-        };
-        close_param(value - to.change, has_master, common.rounds_param, random, param[from + k], rest[from + k]);
-        if constexpr (kRounds) {
-          const RandomBits bits = random();
-          exp_avg[k] = round_stochastically(m, bits.exp_avg);
-          grad_mean[k] = round_stochastically(u, bits.grad_mean);
-          grad_var[k] = round_stochastically(s, bits.grad_var);
-          weight_sum[k] = round_stochastically(w, bits.weight_sum);
-          convert(x, max_denom[k]);  // to nearest: of rounded maxima the largest would stay, and grow
-        }
-        if constexpr (kStatistics) {
-          if (at.whole || at.find(from + k) >= 0) {
-            add_statistics(to, common.coefficients, sums.adaptive, sums.one_minus_beta, sums.at_upper, sums.at_lower,
-                           sums.grad_square);
+      at.if_whole([&](const auto whole) {
+        if (from == 0) {
+          at.load<whole>(params, 0, param);
+          at.load<whole>(grads, 0, gradient);
+          if constexpr (kMayHaveMaster) {
+            if (has_master) {
+              at.load<whole>(rests, 0, rest);
+            }
           }
         }
+        at.load<whole>(exp_avgs, from, exp_avg);
+        at.load<whole>(grad_means, from, grad_mean);
+        at.load<whole>(grad_vars, from, grad_var);
+        if (!known_saturated) {
+          at.load<whole>(weight_sums, from, weight_sum);
+        }
+        if (modes.amsgrad) {
+          at.load<whole>(max_denoms, from, max_denom);
+        }
+      });
+      const bool saturated = all_ones(weight_sum);
+
+      // 3. Update. Where w is 1 the formula is shorter.
+      const auto update_slice = [&](const auto is_saturated) {
+        const Modes of_slice{modes.eps, modes.decay, modes.amsgrad, is_saturated};
+#pragma unroll
+        for (int in_slice = 0; in_slice < kSlice; in_slice += kLanes) {
+          const int in_packet = from + in_slice;
+          const auto open = [](const auto* stored) { return each<kLanes>([&](int k) { return widen<T>(stored[k]); }); };
+          const auto p = open_params<T, kLanes>(param + in_packet, has_master, rest + in_packet);
+          const auto g = open(gradient + in_packet);
+          auto m = open(exp_avg + in_slice), u = open(grad_mean + in_slice), s = open(grad_var + in_slice);
+          auto w = open(weight_sum + in_slice), x = open(max_denom + in_slice);
+          const auto to = update<kAlgorithm>(p, g, m, u, s, w, x, coefficients, of_slice);
+          const auto random = [&](int k) {
+            const int i = at.first + (in_packet + k) * at.spacing;
+            return random_bits(common.key, static_cast<uint32_t>(start) + static_cast<uint32_t>(i));
+          };
+          close_params(p - to.change, has_master, common.rounds_param, random, param + in_packet, rest + in_packet);
+#pragma unroll
+          for (int k = 0; k < kLanes; ++k) {
+            const RandomBits<uint32_t> bits = kRounds ? random(k) : RandomBits<uint32_t>{};
+            keep(m[k], bits.exp_avg, exp_avg[in_slice + k]);
+            keep(u[k], bits.grad_mean, grad_mean[in_slice + k]);
+            keep(s[k], bits.grad_var, grad_var[in_slice + k]);
+            keep(w[k], bits.weight_sum, weight_sum[in_slice + k]);
+            convert(x[k], max_denom[in_slice + k]);  // to nearest: of rounded maxima the largest would stay, and grow
+            if constexpr (kStatistics) {
+              if (at.whole || at.find(in_packet + k) >= 0) {
+                add_statistics(lane(to, k), common.coefficients, sums.adaptive, sums.one_minus_beta, sums.at_upper,
+                               sums.at_lower, sums.grad_square);
+              }
+            }
+          }
+        }
+      };
+      if (saturated) {
+        update_slice(std::true_type{});
+      } else {
+        update_slice(std::false_type{});
       }
 
       // 4. Store.
-      at.store(exp_avg, from, exp_avgs);
-      at.store(grad_mean, from, grad_means);
-      at.store(grad_var, from, grad_vars);
-      if (!saturated) {  // once w is 1 it stays so
-        at.store(weight_sum, from, weight_sums);
-      }
-      if (modes.amsgrad) {
-        at.store(max_denom, from, max_denoms);
-      }
-    }
-    at.store(param, 0, params);
-    if constexpr (kMayHaveMaster) {
-      if (has_master) {
-        at.store(rest, 0, rests);
-      }
+      at.if_whole([&](const auto whole) {
+        at.store<whole>(exp_avg, from, exp_avgs);
+        at.store<whole>(grad_mean, from, grad_means);
+        at.store<whole>(grad_var, from, grad_vars);
+        if (!saturated) {  // once w is 1 it stays so
+          at.store<whole>(weight_sum, from, weight_sums);
+        }
+        if (modes.amsgrad) {
+          at.store<whole>(max_denom, from, max_denoms);
+        }
+        if (from + kSlice == kWidth) {
+          at.store<whole>(param, 0, params);
+          if constexpr (kMayHaveMaster) {
+            if (has_master) {
+              at.store<whole>(rest, 0, rests);
+            }
+          }
+        }
+      });
     }
   }
   sums.count = at.end - at.begin;
@@ -309,11 +373,11 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   return {sums, saturated ? saturation_stamp(common.step + 1, shift) : 0};
 }
 
-// What a tensor's elements share. The gradient's factor and the step count are read here, on the device, so that no
+// What a tensor's elements share. The gradient's factor is read here, on the device, as the step count is, so that no
 // host waits for them and a captured graph sees their values of the day.
 template <typename T>
 __device__ Coefficients<T> read_coefficients(const StepLaunch<T>& launch, const StepGroup<T>& group, int tensor,
-                                             int64_t step) {
+                                             T correction) {
   const T scale = launch.grad_scale != nullptr ? *launch.grad_scale : T(1);
   const T norm = launch.grad_norm != nullptr ? *launch.grad_norm : T(0);
   const T max_norm = launch.grad_norm != nullptr ? launch.max_grad_norm : T(-1);
@@ -324,7 +388,7 @@ __device__ Coefficients<T> read_coefficients(const StepLaunch<T>& launch, const 
   if (launch.trust_ratios != nullptr) {
     hyper.lr = hyper.lr * launch.trust_ratios[tensor];
   }
-  return make_coefficients(hyper, step, grad_factor(scale, norm, max_norm, group.maximize));
+  return make_coefficients(hyper, correction, grad_factor(scale, norm, max_norm, group.maximize));
 }
 
 // The last block to get here advances the step counts, when no other will read them any more.
@@ -352,7 +416,7 @@ __device__ void advance_steps(const StepLaunch<T>& launch) {
 // Statistics are a template parameter because those who take none should not pay for their registers. With them all
 // chunks are added up, which costs no time in a kernel that waits for memory, and those of the sample written.
 template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, typename State, bool kStatistics>
-__global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State>)
+__global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State, kStatistics>)
     step_kernel(const __grid_constant__ StepLaunch<T> launch) {
   // 1. Gradients that overflowed: neither parameters, nor state, nor step counts move. Devices add up their flags.
   if (launch.found_inf != nullptr && *launch.found_inf != T(0)) {
@@ -360,6 +424,10 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State>)
   }
   // 2. The blocks share out the chunks.
   __shared__ Common<T> common;
+  BiasCorrection<T>& last = common.correction;
+  if (threadIdx.x == 0) {
+    last.step = 0;
+  }
   for (int64_t chunk = blockIdx.x; chunk < launch.chunks; chunk += gridDim.x) {
     const int tensor = launch.chunk_rows[chunk];
     const Grad* grad = static_cast<const Grad*>(launch.grads[tensor]);
@@ -370,7 +438,10 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State>)
     const StepGroup<T>& group = launch.groups[row.group];
     if (threadIdx.x == 0) {
       const int64_t step = *in_global_memory(row.step) + 1;
-      common.coefficients = read_coefficients(launch, group, tensor, step);
+      if (step != last.step || group.hyper.alpha_bits != last.alpha_bits) {
+        last = {group.hyper.alpha_bits, step, bias_correction<T>(group.hyper.alpha_bits, step)};
+      }
+      common.coefficients = read_coefficients(launch, group, tensor, last.value);
       common.step = step;
       common.stamp = launch.saturation == nullptr ? 0 : *in_global_memory(launch.saturation + chunk);
       common.searches = launch.saturation != nullptr && step % kSearches == 0;

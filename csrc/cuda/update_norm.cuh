@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
       StepGroup<T> at_rate_1 = group;
       at_rate_1.lr = nullptr;
       at_rate_1.hyper.lr = T(1);
-      shared = read_coefficients(launch, at_rate_1, tensor, *in_global_memory(row.step) + 1);
+      const int64_t step = *in_global_memory(row.step) + 1;
+      shared = read_coefficients(launch, at_rate_1, tensor, bias_correction<T>(group.hyper.alpha_bits, step));
     }
     __syncthreads();
     const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr, false};

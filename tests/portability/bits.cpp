@@ -6,8 +6,8 @@
 #include <cstring>
 #include <vector>
 
-#include "float16.h"
 #include "cpu/kernels.h"
+#include "float16.h"
 
 using namespace maxva;
 using namespace maxva::cpu;
@@ -81,10 +81,10 @@ void run(TensorStep t, bool amsgrad, bool ones, Hash& hash) {
     const std::vector<char> grad = values(t.grad_dtype, seed);
     t.grad = grad.data();
     t.step = step;
-    t.single =
-        make_coefficients(make_hyperparameters<float>(0.1, 0.7, 0.5, 0.98, 0.98, 1e-3, decay, decoupled), step, 0.5f);
-    t.twice =
-        make_coefficients(make_hyperparameters<double>(0.1, 0.7, 0.5, 0.98, 0.98, 1e-3, decay, decoupled), step, 0.5);
+    const auto single = make_hyperparameters<float>(0.1, 0.7, 0.5, 0.98, 0.98, 1e-3, decay, decoupled);
+    const auto twice = make_hyperparameters<double>(0.1, 0.7, 0.5, 0.98, 0.98, 1e-3, decay, decoupled);
+    t.single = make_coefficients(single, bias_correction<float>(single.alpha_bits, step), 0.5f);
+    t.twice = make_coefficients(twice, bias_correction<double>(twice.alpha_bits, step), 0.5);
     kernels().step(t, 0, kCount);
     const SumOfSquares<float> sum = kernels().sum_of_squares(t.grad, t.grad_dtype, kCount);
     hash.add(&sum, sizeof(sum));
