@@ -47,7 +47,8 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     groups = state_dict["param_groups"]
     for i, group in enumerate(groups):
         _check_group(optimizer, i, group)
-    for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
+    check_sizes(optimizer, groups)
+    for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         saved, wanted = group.get("master_weights", False), own["master_weights"]
         if saved != wanted:
             raise ValueError(
@@ -67,13 +68,36 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     ]
     # {} is what looking at the state of a parameter that was never stepped leaves.
     state = {key: entries for key, entries in state_dict["state"].items() if entries != {}}
-    for index, (saved_id, (param, state_dtype)) in enumerate(zip(saved_ids, params, strict=False)):
-        if saved_id in state:  # torch itself refuses groups of other lengths
+    for index, (saved_id, (param, state_dtype)) in enumerate(zip(saved_ids, params, strict=True)):
+        if saved_id in state:
             _check_state(index, param, state_dtype, state[saved_id])
             state[saved_id] = _Opaque(state[saved_id])
     own_groups = [{name: own[name] for name in UNSAID} for own in optimizer.param_groups]
-    filled = [{**own, **group} for own, group in zip(own_groups, groups, strict=False)]
-    return {**state_dict, "state": state, "param_groups": [*filled, *groups[len(filled) :]]}
+    filled = [{**own, **group} for own, group in zip(own_groups, groups, strict=True)]
+    return {**state_dict, "state": state, "param_groups": filled}
+
+
+def check_sizes(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError unless a checkpoint's groups have as many parameters as the optimizer's.
+
+    torch checks that afterwards, and does not say where.
+    """
+    saved, own = ([len(group["params"]) for group in each] for each in (groups, optimizer.param_groups))
+    remedy = (
+        "make the optimizer with the same groups of parameters, frozen ones too, as in the run that wrote it, and pass "
+        "new ones to add_param_group once it is loaded"
+    )
+    if len(saved) != len(own):
+        raise ValueError(
+            f"the number of parameter groups is {len(saved)} in this checkpoint (of {saved} parameters), but "
+            f"{len(own)} in this optimizer (of {own}); {remedy}"
+        )
+    for i, (its, wanted) in enumerate(zip(saved, own, strict=True)):
+        if its != wanted:
+            raise ValueError(
+                f"the number of parameters in param_groups[{i}] is {its} in this checkpoint, but {wanted} in this "
+                f"optimizer; {remedy}"
+            )
 
 
 def unwrap(state: MutableMapping[Any, Any]) -> None:
