@@ -394,3 +394,5 @@ def test_group_of_another_size_is_named(sizes):
         grouped(1, 1).load_state_dict(grouped(1, 2).state_dict())
     with pytest.raises(ValueError, match=r"param_groups\[0\] is 1 in this checkpoint, but 2 in .*; .*the same groups"):
         grouped(2, 1).load_state_dict(grouped(1, 2).state_dict())
+    with pytest.raises(ValueError, match=r"param_groups\[0\] is 1 in this checkpoint, but 2 in .*; .*the same groups"):
+        to_state_dtype(grouped(1, 2).state_dict(), grouped(2, 1))
