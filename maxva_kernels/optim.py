@@ -140,6 +140,12 @@ class _MaxVA(Optimizer):
                 # ZeroRedundancyOptimizer writes all of its arguments into the groups.
                 if group.pop(option, getattr(self, option)) != getattr(self, option):
                     raise ValueError(f"{option} is the whole optimizer's and cannot be set in a parameter group")
+            own = self.defaults["algorithm"]
+            if group["algorithm"] != own:
+                raise ValueError(
+                    f"algorithm is that of the class, {own!r}, and cannot be set in a parameter group, got "
+                    f"{group['algorithm']!r}; leave it out, or use the other class"
+                )
             _hyperparameters(group)
             if isinstance(group["lr"], Tensor):  # read now, and not in each step: a GPU would be waited for
                 _hyperparameters({**group, "lr": group["lr"].item()})

@@ -602,3 +602,20 @@ def test_options_of_the_whole_optimizer_are_refused_in_a_group(option, value, wh
         MAdam([{"params": make_params((3,)), option: value}])
     optimizer = MAdam([{"params": make_params((3,)), option: whole}])
     assert option not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("named", ["LaMAdam", "MAdam", "lamadam", None])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_algorithm_cannot_be_set_in_a_group(algorithm, named):
+    """Guards against a group that is stepped by this class and saved as another's, which would then load its momentum;
+    the class's own name may stand, as it does in every group that is handed on."""
+    if named == algorithm.__name__:
+        assert algorithm([{"params": make_params((3,)), "algorithm": named}]).param_groups[0]["algorithm"] == named
+        return
+    words = f"algorithm .* {algorithm.__name__!r}.* got {named!r}; leave it out, or use"
+    with pytest.raises(ValueError, match=words):
+        algorithm([{"params": make_params((3,)), "algorithm": named}])
+    optimizer = algorithm(make_params((2,)))
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": make_params((3,)), "algorithm": named})
+    assert len(optimizer.param_groups) == 1
