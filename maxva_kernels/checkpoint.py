@@ -16,13 +16,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import distributed
-from .groups import HYPERPARAMETERS, MOMENTS, STATE_DTYPES, arithmetic_dtype
+from .groups import HYPERPARAMETERS, MOMENTS, STATE_DTYPES, arithmetic_dtype, state_dtype_name
 
 # Options of a group on which no state depends and which a checkpoint may lack, if it is of a first version or was made
 # of another optimizer's: whoever loads it keeps its own. With what they were when there was no choice.
 UNSAID = {"trust_ratio": False, "rounding_seed": 0, "stochastic_rounding": False}
 # All options that checkpoints of the first versions lack.
 ADDED_SINCE = {**UNSAID, "state_dtype": None, "master_weights": False}
+
+# The optimizer says what it keeps of each parameter, which one dtype cannot where they or their groups differ.
+_CONVERT = "load maxva_kernels.convert.to_state_dtype(state_dict, optimizer)"
 
 
 class _Opaque:
@@ -47,7 +50,8 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     groups = state_dict["param_groups"]
     for i, group in enumerate(groups):
         _check_group(optimizer, i, group)
-    for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=False)):
+    check_sizes(optimizer, groups)
+    for i, (group, own) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
         saved, wanted = group.get("master_weights", False), own["master_weights"]
         if saved != wanted:
             raise ValueError(
@@ -56,24 +60,53 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
             )
         saved, wanted = group.get("state_dtype"), own["state_dtype"]
         if saved != wanted:
+            too_narrow = any(param.dtype == torch.float64 for param in own["params"])  # bfloat16, then saved
             raise ValueError(
                 f"param_groups[{i}] of this checkpoint has state_dtype={saved!r}, but this optimizer has {wanted!r}; "
-                "make the optimizer with that, or load maxva_kernels.convert.to_state_dtype(state_dict, "
-                f"{STATE_DTYPES[wanted]})"
+                f"{'' if too_narrow else 'make the group with that, or '}{_CONVERT}"
             )
     saved_ids = list(chain.from_iterable(group["params"] for group in groups))
-    params = [
-        (param, STATE_DTYPES[group["state_dtype"]]) for group in optimizer.param_groups for param in group["params"]
-    ]
     # {} is what looking at the state of a parameter that was never stepped leaves.
     state = {key: entries for key, entries in state_dict["state"].items() if entries != {}}
-    for index, (saved_id, (param, state_dtype)) in enumerate(zip(saved_ids, params, strict=False)):
-        if saved_id in state:  # torch itself refuses groups of other lengths
-            _check_state(index, param, state_dtype, state[saved_id])
+    for index, (saved_id, (param, dtype)) in enumerate(zip(saved_ids, kept_dtypes(optimizer), strict=True)):
+        if saved_id in state:
+            _check_state(index, param, dtype, state[saved_id])
             state[saved_id] = _Opaque(state[saved_id])
     own_groups = [{name: own[name] for name in UNSAID} for own in optimizer.param_groups]
-    filled = [{**own, **group} for own, group in zip(own_groups, groups, strict=False)]
-    return {**state_dict, "state": state, "param_groups": [*filled, *groups[len(filled) :]]}
+    filled = [{**own, **group} for own, group in zip(own_groups, groups, strict=True)]
+    return {**state_dict, "state": state, "param_groups": filled}
+
+
+def check_sizes(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError unless a checkpoint's groups have as many parameters as the optimizer's.
+
+    torch checks that afterwards, and does not say where.
+    """
+    saved, own = ([len(group["params"]) for group in each] for each in (groups, optimizer.param_groups))
+    remedy = (
+        "make the optimizer with the same groups of parameters, frozen ones too, as in the run that wrote it, and pass "
+        "new ones to add_param_group once it is loaded"
+    )
+    if len(saved) != len(own):
+        raise ValueError(
+            f"the number of parameter groups is {len(saved)} in this checkpoint (of {saved} parameters), but "
+            f"{len(own)} in this optimizer (of {own}); {remedy}"
+        )
+    for i, (its, wanted) in enumerate(zip(saved, own, strict=True)):
+        if its != wanted:
+            raise ValueError(
+                f"the number of parameters in param_groups[{i}] is {its} in this checkpoint, but {wanted} in this "
+                f"optimizer; {remedy}"
+            )
+
+
+def kept_dtypes(optimizer: Optimizer) -> list[tuple[Tensor, torch.dtype]]:
+    """Every parameter with the dtype in which the optimizer keeps its state."""
+    return [
+        (param, STATE_DTYPES[state_dtype_name(group["state_dtype"])] or arithmetic_dtype(param))
+        for group in optimizer.param_groups
+        for param in group["params"]
+    ]
 
 
 def unwrap(state: MutableMapping[Any, Any]) -> None:
@@ -127,7 +160,7 @@ def _check_group(optimizer: Optimizer, index: int, group: dict[str, Any]) -> Non
         )
 
 
-def _check_state(index: int, param: Tensor, state_dtype: torch.dtype | None, entries: Any) -> None:
+def _check_state(index: int, param: Tensor, dtype: torch.dtype, entries: Any) -> None:
     where = f"the state of parameter {index}"
     names = ("step", *MOMENTS)
     if not isinstance(entries, dict) or any(name not in entries for name in names):
@@ -159,9 +192,8 @@ def _check_state(index: int, param: Tensor, state_dtype: torch.dtype | None, ent
                     f"{where} has {name} in {value.dtype}, but that of a {param.dtype} parameter is {wanted}"
                 )
             continue
-        wanted = state_dtype or arithmetic_dtype(param)
-        if value.dtype != wanted:
+        if value.dtype != dtype:
             raise ValueError(
                 f"{where} has {name} in {value.dtype}, but this optimizer keeps that of a {param.dtype} parameter in "
-                f"{wanted}; to convert it, load maxva_kernels.convert.to_state_dtype(state_dict, {state_dtype})"
+                f"{dtype}; to convert it, {_CONVERT}"
             )

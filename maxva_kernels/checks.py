@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import layouts
-from .groups import Group, Scaling, arithmetic_dtype, joined, may_be_state
+from .groups import TENSOR_LISTS, Group, Scaling, arithmetic_dtype, joined, may_be_state
 
 SUPPORTED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+# A tensor in a message: the list and the index in it. An index counts the parameters that have a gradient.
+ENTRY = re.compile(rf"\b({'|'.join(TENSOR_LISTS)})\[(\d+)\]")
 
 
 def check_grads(grads: list[Tensor]) -> None:
@@ -59,9 +63,9 @@ def check_groups(groups: Sequence[Group]) -> None:
         _check_state(moment, "max_denoms", i, params[at], at, exp_avgs[at])
     have_masters = [bool(tensors.masters) for _, tensors, *_ in groups for _ in tensors.params]
     param_indices = [i for i, has_master in enumerate(have_masters) if has_master]
-    for at, (i, master) in enumerate(zip(param_indices, joined(groups, "masters"), strict=True)):
+    for i, master in zip(param_indices, joined(groups, "masters"), strict=True):
         if master.numel() > 0:
-            _check_master(master, at, params[i], i)
+            _check_master(master, i, params[i])  # the operator's list has an entry for each parameter of all groups
     for i, step in enumerate(joined(groups, "steps")):
         _require(
             step.dtype == torch.int64 and step.numel() == 1 and step.device == params[i].device,
@@ -112,8 +116,8 @@ def _check_state(
     )
 
 
-def _check_master(master: Tensor, index: int, param: Tensor, param_index: int) -> None:
-    named, its_param = describe(master, "masters", index), describe(param, "params", param_index)
+def _check_master(master: Tensor, index: int, param: Tensor) -> None:
+    named, its_param = describe(master, "masters", index), describe(param, "params", index)
     _require(
         param.dtype == torch.bfloat16,
         f"{named} belongs to {its_param}, and only bfloat16 parameters have such masters; "

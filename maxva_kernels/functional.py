@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import distributed
+from . import checks, distributed
 from .backends.registry import select
 from .groups import Group, Hyperparameters, Scaling, TensorLists, joined, with_gradients
 from .rounding import tensor_key
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 MaybeTensor = TypeVar("MaybeTensor", bound=Tensor | None)
+Result = TypeVar("Result")
 
 __all__ = ["grad_norm", "lamadam_", "madam_", "step_groups"]
 
@@ -145,7 +147,8 @@ def step_groups(
         recorder: is told what the step did.
         saturation: what the last step has left for this one, that it need not read w.
 
-    Other args and errors as for `madam_`.
+    Other args and errors as for `madam_`. An index in an error's message counts the parameters of all groups, in their
+    order, that have a gradient.
     """
     check_max_grad_norm(max_grad_norm)
     params = joined(groups, "params")
@@ -177,15 +180,40 @@ def step_groups(
         if trust_ratio:
             its_groups = with_gradients(its_groups)
             owners = joined(with_gradients([whole[i] for i in members]), "params")
-            norms = distributed.whole_norms(runs.update_norms(its_groups, laprop, scaling), owners)
+            norms = _call(runs.update_norms, groups, members, its_groups, laprop, scaling)
+            norms = distributed.whole_norms(norms, owners)
             scaling = scaling._replace(trust_ratios=_trust_ratios(norms))
-        steps.append((runs, its_groups, scaling))
+        steps.append((runs, members, its_groups, scaling))
     if saturation is not None:
         saturation.begin_step()
-    for runs, its_groups, scaling in steps:
-        runs.step(its_groups, laprop, scaling, recorder, saturation)
+    for runs, members, its_groups, scaling in steps:
+        _call(runs.step, groups, members, its_groups, laprop, scaling, recorder, saturation)
     if skip is not None and skipped_steps is not None:  # only now that nothing was refused
         skipped_steps += _on(skipped_steps.device, skip).to(skipped_steps.dtype)
+
+
+def _call(
+    backend: Callable[..., Result], groups: Sequence[Group], members: Sequence[int], *arguments: object
+) -> Result:
+    """Calls a backend about some of the groups; its errors then count in the lists of all of them."""
+    try:
+        return backend(*arguments)
+    except RuntimeError as error:
+        message = checks.ENTRY.sub(lambda entry: _counted_in_all(entry, groups, members), str(error))
+        if type(error) is not RuntimeError or message == str(error):  # not its subclasses, as NotImplementedError
+            raise
+        raise RuntimeError(message) from error
+
+
+def _counted_in_all(entry: re.Match[str], groups: Sequence[Group], members: Sequence[int]) -> str:
+    """An entry of the lists of the members, as that of the lists of all groups which it is."""
+    name, index = entry[1], int(entry[2])
+    sizes = [
+        0 if name == "max_denoms" and not group.hyper.amsgrad else sum(grad is not None for grad in group.tensors.grads)
+        for group in groups
+    ]
+    places = [sum(sizes[:g]) + i for g in members for i in range(sizes[g])]
+    return f"{name}[{places[index]}]" if index < len(places) else entry[0]
 
 
 def _trust_ratios(norms: Tensor) -> Tensor:
@@ -221,7 +249,11 @@ def _grad_norm(
     """The norm of local gradients, each a part of a tensor that is spread as its owner."""
     norms = []
     for spread, parts in distributed.by_spread(owners, grads, spreads).items():
-        norm = _norm_here(parts, backend)
+        try:
+            norm = _norm_here(parts, backend)
+        except RuntimeError:
+            checks.check_grads([grad for grad in grads if grad is not None])  # whose indices count in all
+            raise
         norms.append(norm if spread is None else spread.gather(norm))
     norm = _joined_norm(norms)
     return norm if norm_group is None else distributed.gather(norm, norm_group)

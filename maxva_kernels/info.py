@@ -29,7 +29,7 @@ def report() -> str:
     ]
     table = [ROW.format("backend", "built", "can run", "")]
     for name in registry.BACKENDS:
-        why_not = registry.why_not(name, torch.device(registry.device_type(name)))
+        why_not = _why_not(name)
         built = ("yes" if record[name]["built"] else "no") if name in build_record.MODULES else "-"
         table.append(ROW.format(name, built, "no" if why_not else "yes", why_not or _note(name)))
     note_column = len(ROW.format("", "", "", ""))
@@ -58,6 +58,14 @@ def _built(record: dict[str, Any], module: str) -> str:
         built += f" and {record.get('cuda_home')} for {record.get('archs')}"
     error = _ops.load_error(build_record.MODULES[module])
     return f"{built}, but does not load: {error}" if error else built
+
+
+def _why_not(name: str) -> str | None:
+    """Why a backend cannot run; also where an optimizer refuses to be made, for an environment variable set wrong."""
+    try:
+        return registry.why_not(name, torch.device(registry.device_type(name)))
+    except RuntimeError as error:
+        return str(error).removeprefix("maxva: ")
 
 
 def _note(name: str) -> str:

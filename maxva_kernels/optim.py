@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,8 +37,8 @@ MASTERS: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
     torch.float16: lambda param: param.detach().to(torch.float32, copy=True),
 }
 
-# The options without which a group has no entries in a list.
-_OPTION_OF: dict[str, str] = {"max_denoms": "amsgrad", "masters": "master_weights"}
+# A parameter: the indices of its group and within it, and the group's names if it has any.
+_Owner = tuple[int, int, list[str] | None]
 
 # Options of the whole optimizer, not of a group.
 _OWN_OPTIONS = ("max_grad_norm", "skip_nonfinite", "collect_statistics", "capturable", "backend")
@@ -140,6 +140,12 @@ class _MaxVA(Optimizer):
                 # ZeroRedundancyOptimizer writes all of its arguments into the groups.
                 if group.pop(option, getattr(self, option)) != getattr(self, option):
                     raise ValueError(f"{option} is the whole optimizer's and cannot be set in a parameter group")
+            own = self.defaults["algorithm"]
+            if group["algorithm"] != own:
+                raise ValueError(
+                    f"algorithm is that of the class, {own!r}, and cannot be set in a parameter group, got "
+                    f"{group['algorithm']!r}; leave it out, or use the other class"
+                )
             _hyperparameters(group)
             if isinstance(group["lr"], Tensor):  # read now, and not in each step: a GPU would be waited for
                 _hyperparameters({**group, "lr": group["lr"].item()})
@@ -222,7 +228,12 @@ class _MaxVA(Optimizer):
         try:
             spreads = distributed.spreads(params)
         except RuntimeError as error:
-            raise RuntimeError(_name_parameter(str(error), lambda _: self._listed("", every=True))) from error
+            listed = [
+                (g, i, settings.get("param_names"))
+                for g, settings in enumerate(self.param_groups)
+                for i in range(len(settings["params"]))
+            ]
+            raise RuntimeError(_name_parameter(str(error), lambda _: listed)) from error
         return {
             "norm_group": distributed.norm_group(params, self._inside_zero),
             "spreads": spreads,
@@ -315,14 +326,20 @@ class _MaxVA(Optimizer):
             params, masters = zip(*pairs, strict=True)
             torch._foreach_copy_(distributed.to_local(params), distributed.to_local(masters))
 
-    def _listed(self, name: str, every: bool = False) -> list[tuple[int, int, list[str] | None]]:
-        """Whose tensors the list ``name`` of a step has: it skips parameters without gradient, or without such."""
-        return [
-            (g, i, settings.get("param_names"))
-            for g, settings in enumerate(self.param_groups)
-            for i, param in enumerate(settings["params"])
-            if every or (param.grad is not None and (name not in _OPTION_OF or settings[_OPTION_OF[name]]))
-        ]
+    def _listed(self, name: str) -> list[_Owner]:
+        """Whose tensors the list ``name`` of a step has, in the order of `_gather`: it skips parameters without
+        gradient, and for maxima groups without AMSGrad."""
+        listed: list[_Owner] = []
+        for g, settings in enumerate(self.param_groups):
+            by_device: dict[torch.device, list[_Owner]] = {}
+            for i, param in enumerate(settings["params"]):
+                if param.grad is None and not self._has_state(param, settings):
+                    continue
+                its = by_device.setdefault(param.device, [])
+                if param.grad is not None and (name != "max_denoms" or settings["amsgrad"]):
+                    its.append((g, i, settings.get("param_names")))
+            listed += chain.from_iterable(by_device.values())
+        return listed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of what `state_dict` returned; the state keeps its dtype, whatever the parameter's.
@@ -511,14 +528,12 @@ def _zeros_like(param: Tensor, dtype: torch.dtype | None) -> Tensor:
     return torch.zeros_like(param, dtype=dtype or arithmetic_dtype(param), memory_format=torch.preserve_format)
 
 
-def _name_parameter(message: str, listed: Callable[[str], list[tuple[int, int, list[str] | None]]]) -> str:
+def _name_parameter(message: str, listed: Callable[[str], list[_Owner]]) -> str:
     """Adds to a message about "params[3]" which of the optimizer's parameters that is.
 
-    ``listed`` says for a list's name, of each entry, the indices of the group and within it, and the group's names.
+    ``listed`` says for a list's name whose each entry is.
     """
-    match = re.search(
-        r"\b(params|grads|exp_avgs|grad_means|grad_vars|weight_sums|max_denoms|masters|steps)\[(\d+)\]", message
-    )
+    match = checks.ENTRY.search(message)
     entries = listed(match[1]) if match else []
     if match is None or int(match[2]) >= len(entries):
         return message

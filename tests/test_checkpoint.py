@@ -335,6 +335,10 @@ def fewer_parameters(_):
     return run(make(MAdam, "auto", sizes=SIZES[:2]), 0, 2).state_dict()
 
 
+def first_parameter_left_out(_):
+    return run(make(MAdam, "auto", sizes=SIZES[1:]), 0, 2).state_dict()
+
+
 def more_groups(_):
     optimizer = MAdam([{"params": make_params(SIZES)}, {"params": make_params((2,))}])
     return run(optimizer, 0, 2).state_dict()
@@ -345,8 +349,9 @@ REFUSED = {
     "torch's Adam": (torch_adam, ["MAdam", "beta1"]),
     "LaMAdam": (lambda _: run(make(LaMAdam, "auto"), 0, 2).state_dict(), ["LaMAdam", "MAdam"]),
     "another model": (another_model, ["parameter 1", "[5, 2]", "[2, 5]"]),
-    "fewer parameters": (fewer_parameters, ["size"]),
-    "more groups": (more_groups, ["number of parameter groups"]),
+    "fewer parameters": (fewer_parameters, ["param_groups[0] is 2", "3 in this optimizer", "add_param_group"]),
+    "first left out": (first_parameter_left_out, ["param_groups[0] is 2", "3 in this optimizer", "add_param_group"]),
+    "more groups": (more_groups, ["number of parameter groups is 2", "(of [3, 1] ", "1 in this optimizer (of [3])"]),
     "the whole checkpoint": (lambda state_dict: {"optimizer": state_dict, "epoch": 3}, ["param_groups", "optimizer"]),
     "missing entry": (without("grad_var"), ["parameter 0", "grad_var"]),
     "missing step": (without("step"), ["parameter 0", "step"]),
@@ -374,3 +379,20 @@ def test_refused_with_nothing_changed(case):
     assert_unchanged(optimizer, before)
     run(optimizer, 3, 4)
     optimizer.load_state_dict(run(make(MAdam, "auto"), 0, 1).state_dict())  # a refusal leaves nothing behind
+
+
+@pytest.mark.parametrize("sizes", [SIZES, (4, 4, 4)], ids=["shapes", "one shape"])
+def test_group_of_another_size_is_named(sizes):
+    """Guards against a parameter that moved to another group, or was left out, taken for another model's, and against
+    an error that does not say where to look."""
+
+    def grouped(*counts):
+        params = iter(make_params(sizes))
+        return run(MAdam([{"params": [next(params) for _ in range(count)]} for count in counts]), 0, 1)
+
+    with pytest.raises(ValueError, match=r"param_groups\[1\] is 2 in this checkpoint, but 1 in .*; .*the same groups"):
+        grouped(1, 1).load_state_dict(grouped(1, 2).state_dict())
+    with pytest.raises(ValueError, match=r"param_groups\[0\] is 1 in this checkpoint, but 2 in .*; .*the same groups"):
+        grouped(2, 1).load_state_dict(grouped(1, 2).state_dict())
+    with pytest.raises(ValueError, match=r"param_groups\[0\] is 1 in this checkpoint, but 2 in .*; .*the same groups"):
+        to_state_dtype(grouped(1, 2).state_dict(), grouped(2, 1))

@@ -1,12 +1,14 @@
 """What the installation says of itself."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
 
 import pytest
 import torch
+from cases import needs_cpu_kernels
 
 import maxva_kernels
 from maxva_kernels import _ops, build_record, info
@@ -116,6 +118,19 @@ def test_command_line(tmp_path, arguments):
     command = [sys.executable, "-m", "maxva_kernels", *arguments]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert result.stdout.startswith(f"maxva-kernels {maxva_kernels.__version__}")
+    assert all(f"\n{name} " in result.stdout for name in registry.BACKENDS)
+
+
+@needs_cpu_kernels
+def test_instruction_set_of_no_name_is_reported(tmp_path):
+    """Guards against a diagnosis that fails for the problem that it is to name."""
+    environment = {**os.environ, "MAXVA_CPU_CAPABILITY": "avx2"}
+    command = [sys.executable, "-m", "maxva_kernels"]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    report = " ".join(result.stdout.split())  # lines are wrapped
+    problem = "the environment variable MAXVA_CPU_CAPABILITY is avx2; set it to AVX512, AVX2 or DEFAULT, or unset it"
+    assert f" cpu yes no {problem} reference " in report
     assert all(f"\n{name} " in result.stdout for name in registry.BACKENDS)
 
 

@@ -8,7 +8,9 @@ import torch
 from cases import ALGORITHMS, BASE, backend_params, device_of, make_params, set_grads, states
 from torch.nn import Parameter
 
-from maxva_kernels import MAdam, functional
+from maxva_kernels import MAdam, checks, functional
+from maxva_kernels.backends import registry
+from maxva_kernels.groups import with_gradients
 
 NAN, INF = float("nan"), float("inf")
 
@@ -298,6 +300,106 @@ def test_step_names_the_tensor_and_changes_nothing(case, steps, clip, backend):
     assert_unchanged(optimizer, before)
 
 
+class ChecksAlone:
+    """A backend for "meta" tensors, which stand in for those of another device: it refuses what does not fit."""
+
+    @staticmethod
+    def step(groups, laprop, scaling, recorder=None, saturation=None):
+        checks.check_groups(with_gradients(groups))
+
+    @staticmethod
+    def grad_norm(grads):
+        checks.check_grads(grads)
+        return torch.ones(())
+
+
+@pytest.fixture
+def two_devices(monkeypatch):
+    """Has "meta" tensors stepped beside those of the backends' devices."""
+    selected = {(name, torch.device("meta")): ChecksAlone for name in ("auto", *registry.BACKENDS)}
+    monkeypatch.setattr(registry, "_selected", selected)
+
+
+def assert_named(optimizer, *words):
+    with pytest.raises(RuntimeError) as raised:
+        optimizer.step()
+    assert all(word in str(raised.value) for word in words), str(raised.value)
+
+
+# What is done to a parameter, and the list and the index in it that the error names where it is f, and where it is e.
+IN_PARTS = {
+    "coo gradient": (BAD_TENSORS["coo gradient"][0], "grads[4]", "grads[3]"),
+    "expanded parameter": (expand_param, "params[4]", "params[3]"),
+    "shape of exp_avg": (BAD_STATES["shape of exp_avg"][0], "exp_avgs[4]", "exp_avgs[3]"),
+    "shape of max_denom": (BAD_STATES["shape of max_denom"][0], "max_denoms[2]", "max_denoms[1]"),
+}
+
+
+@on_backends
+@pytest.mark.parametrize("bad", ["f", "e"])
+@pytest.mark.parametrize("case", IN_PARTS)
+def test_parameter_among_groups_with_and_without_trust_ratio(case, bad, backend):
+    """Guards against naming another parameter where groups are stepped apart, each part with lists of its own."""
+    corrupt, *entries = IN_PARTS[case]
+    a, b, c, d, e, f = make_params((2, 5, 3, 7, (4, 3), (4, 3)), device=device_of(backend))
+    groups = [
+        {"params": [("a", a), ("b", b)], "trust_ratio": True},
+        {"params": [("c", c), ("d", d), ("e", e)], "amsgrad": True},
+        {"params": [("f", f)], "trust_ratio": True, "amsgrad": True},
+    ]
+    optimizer = MAdam(groups, **BASE, backend=backend)
+    for step in range(2):
+        set_grads([a, b, c, e, f], step)
+        optimizer.step()
+    set_grads([a, b, c, e, f], 2)
+    param, entry, place = (f, entries[0], "[2]['params'][0]") if bad == "f" else (e, entries[1], "[1]['params'][2]")
+    corrupt(param, optimizer.state[param])
+    before = snapshot(optimizer)
+    assert_named(optimizer, f"({entry} belongs to param_groups{place}, '{bad}')")
+    assert_unchanged(optimizer, before)
+
+
+@on_backends
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["no_clip", "clip"])
+@pytest.mark.parametrize("bad", ["b", "d", "e", "f"])
+def test_parameter_among_two_devices(bad, clip, backend, two_devices):
+    """Guards against naming another parameter where each device has lists of its own, in the step and in the norm."""
+    here = device_of(backend)
+    places = {"a": "meta", "b": here, "c": "meta", "d": here, "e": "meta", "f": here}
+    params = {name: make_params(((4, 3),), device=device)[0] for name, device in places.items()}
+    names = list(params)
+    groups = [{"params": [(name, params[name]) for name in its]} for its in (names[:4], names[4:])]
+    optimizer = MAdam(groups, **BASE, max_grad_norm=clip, backend=backend)
+    group, index = divmod(names.index(bad), 4)
+    for step in range(2):  # the first parameter then has no state, or has one
+        set_grads(params.values(), step)
+        set_grad(lambda p: torch.ones_like(p, dtype=torch.int64))(params[bad], None)
+        assert_named(optimizer, f"belongs to param_groups[{group}]['params'][{index}], '{bad}')")
+        params["a"].grad = None
+        assert_named(optimizer, f"belongs to param_groups[{group}]['params'][{index}], '{bad}')")
+        set_grads(params.values(), step)
+        optimizer.step()
+
+
+@on_backends
+def test_master_of_another_shape(backend):
+    """Guards against naming another parameter where only some groups have masters: their list has an entry for each
+    parameter of all groups."""
+    params = dict(zip("abcde", make_params((2, 5, (4, 3), (4, 3), 7), torch.bfloat16, device_of(backend)), strict=True))
+    groups = [{"params": list(params.items())[:2]}, {"params": list(params.items())[2:], "master_weights": True}]
+    optimizer = MAdam(groups, **BASE, backend=backend)
+    set_grads(params.values(), 0)
+    optimizer.step()
+    master = optimizer.state[params["c"]]["master"]
+    optimizer.state[params["c"]]["master"] = master[:2]
+    set_grads(params.values(), 1)
+    assert_named(optimizer, "masters[2] (shape [2, 3]", "(masters[2] belongs to param_groups[1]['params'][0], 'c')")
+    optimizer.state[params["c"]]["master"] = master
+    optimizer.state[params["d"]]["master"] = master[:2]
+    params["a"].grad = None
+    assert_named(optimizer, "masters[2] (shape [2, 3]", "(masters[2] belongs to param_groups[1]['params'][1], 'd')")
+
+
 @on_backends
 def test_failed_step_can_be_repeated(backend):
     """Guards against an optimizer spoilt by a failed first step: mended, it goes on as if nothing had been."""
@@ -454,6 +556,16 @@ def test_norm_names_the_gradient(bad, word, backend):
 
 
 @on_backends
+@pytest.mark.parametrize("bad", [2, 3])
+def test_norm_over_two_devices_names_the_gradient(bad, backend, two_devices):
+    """Guards against an index among the gradients of one device."""
+    grads = [torch.ones(3, device=device) for device in (device_of(backend), "meta") * 2]
+    grads[bad] = grads[bad].int()
+    with pytest.raises(RuntimeError, match=rf"grads\[{bad}\].*float32"):
+        functional.grad_norm(grads, backend=backend)
+
+
+@on_backends
 @pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
 def test_scaling_must_be_a_scalar(name, backend):
     """Guards against a scale read from the first of many elements."""
@@ -490,3 +602,20 @@ def test_options_of_the_whole_optimizer_are_refused_in_a_group(option, value, wh
         MAdam([{"params": make_params((3,)), option: value}])
     optimizer = MAdam([{"params": make_params((3,)), option: whole}])
     assert option not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("named", ["LaMAdam", "MAdam", "lamadam", None])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_algorithm_cannot_be_set_in_a_group(algorithm, named):
+    """Guards against a group that is stepped by this class and saved as another's, which would then load its momentum;
+    the class's own name may stand, as it does in every group that is handed on."""
+    if named == algorithm.__name__:
+        assert algorithm([{"params": make_params((3,)), "algorithm": named}]).param_groups[0]["algorithm"] == named
+        return
+    words = f"algorithm .* {algorithm.__name__!r}.* got {named!r}; leave it out, or use"
+    with pytest.raises(ValueError, match=words):
+        algorithm([{"params": make_params((3,)), "algorithm": named}])
+    optimizer = algorithm(make_params((2,)))
+    with pytest.raises(ValueError, match=words):
+        optimizer.add_param_group({"params": make_params((3,)), "algorithm": named})
+    assert len(optimizer.param_groups) == 1

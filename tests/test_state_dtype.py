@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import maxva_kernels.convert
 from maxva_kernels import LaMAdam, MAdam, functional, rounding
 from maxva_kernels.convert import to_state_dtype
 from maxva_kernels.groups import MOMENTS, STATE_DTYPES
@@ -352,7 +354,7 @@ def test_state_of_another_dtype_is_converted_when_asked():
     for source, target in ((narrow, wide), (wide, narrow)):
         dtype = STATE_DTYPES[target.param_groups[0]["state_dtype"]]
         before = {name: value.clone() for name, value in states(target)}
-        with pytest.raises(ValueError, match=r"state_dtype=.*to_state_dtype\(state_dict, (None|torch.bfloat16)\)"):
+        with pytest.raises(ValueError, match=r"state_dtype=.*to_state_dtype\(state_dict, optimizer\)"):
             target.load_state_dict(source.state_dict())
         assert all(torch.equal(value, before[name]) for name, value in states(target))
         target.load_state_dict(to_state_dtype(source.state_dict(), dtype))
@@ -361,6 +363,50 @@ def test_state_of_another_dtype_is_converted_when_asked():
                 assert other.dtype == (dtype or torch.float32)
                 assert torch.equal(other, value.to(other.dtype)), name
         run(target, 3, 4)
+
+
+# Groups, each the dtypes of its parameters and its state_dtype: of a checkpoint, and of the optimizer that loads it.
+F32, F64 = torch.float32, torch.float64
+MOVES = {
+    "float64 to float32": ([((F64,), None)], [((F32,), None)]),
+    "float64 to 16-bit state": ([((F64,), None)], [((F32,), BF16)]),
+    "float32 to float64": ([((F32,), None)], [((F64,), None)]),
+    "16-bit state to float64": ([((F32,), BF16)], [((F64,), None)]),
+    "one group to 16-bit state": ([((F32,), None), ((F64,), None)], [((F32,), BF16), ((F64,), None)]),
+    "one group from 16-bit state": ([((F32,), None), ((F32,), BF16)], [((F32,), None), ((F32,), None)]),
+    "groups change places": ([((F32,), None), ((F32,), BF16)], [((F32,), BF16), ((F32,), None)]),
+    "mixed group": ([((F32, F32), BF16)], [((F32, F64), None)]),
+}
+
+
+@pytest.mark.parametrize("case", MOVES)
+def test_advice_of_a_refused_checkpoint_works(case):
+    """Guards against advice that leads to the next refusal, and from there back: for float64 parameters, and where not
+    all groups have the same state_dtype."""
+
+    def make(dtypes_of_groups, state_dtypes):
+        groups = [
+            {"params": [make_params((40,), dtype)[0] for dtype in dtypes], "state_dtype": state_dtype}
+            for dtypes, state_dtype in zip(dtypes_of_groups, state_dtypes, strict=True)
+        ]
+        return MAdam(groups, **BASE, amsgrad=True)
+
+    (dtypes, saved), (wanted_dtypes, wanted) = (zip(*groups, strict=True) for groups in MOVES[case])
+    source, target = make(dtypes, saved), make(wanted_dtypes, wanted)
+    state_dict = run(source, 0, 3).state_dict()
+    with pytest.raises(ValueError, match="to_state_dtype") as raised:
+        target.load_state_dict(state_dict)
+    if "make the group with that" in str(raised.value):
+        make(wanted_dtypes, saved)
+    advice = re.search(r"load (maxva_kernels\.convert\.to_state_dtype\(.*?\))", str(raised.value))[1]
+    names = {"maxva_kernels": maxva_kernels, "torch": torch, "state_dict": state_dict, "optimizer": target}
+    target.load_state_dict(eval(advice, names))
+    kept = [state_dtype or dtype for dtypes, state_dtype in MOVES[case][1] for dtype in dtypes]
+    for param, other, dtype in zip(params_of(source), params_of(target), kept, strict=True):
+        for name in (*MOMENTS, "max_denom"):
+            assert target.state[other][name].dtype == dtype
+            assert torch.equal(target.state[other][name], source.state[param][name].to(dtype)), name
+    run(target, 3, 4)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -395,7 +441,7 @@ def test_mixed_state_is_named(backend):
     steps = [torch.tensor(0, device=device)]
     with pytest.raises(RuntimeError, match=r"grad_vars\[0\] .*torch.float32.* must be torch.bfloat16"):
         functional.madam_(**given, steps=steps, lr=0.1, backend=backend)
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is float64.* too narrow"):
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is float64.* too narrow; pass the optimizer"):
         to_state_dtype(run(MAdam(make_params((2,), dtype=torch.float64)), 0, 1).state_dict(), BF16)
 
 
