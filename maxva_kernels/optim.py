@@ -78,7 +78,8 @@ _ARGUMENTS = """
         master_weights: keep a float32 weight for each bfloat16 parameter, by 16 bits of state beside it (``master``;
             `maxva_kernels.join_master` puts them together), and for each float16 parameter, whole. The parameter is
             its rounding to nearest, and where something else writes the parameter its master follows. Parameters of 32
-            and 64 bits are their own masters.
+            and 64 bits are their own masters. FSDP1 with ``use_orig_params=True`` cannot save bfloat16 masters beside
+            float32 state, so that there `step` refuses them.
         stochastic_rounding: round bfloat16 parameters up or down at random, right on average, where the default, to
             nearest, loses updates of less than half a unit in the last place. For those without master; not float16.
         differentiable: False is the only choice: the kernels record no graph to differentiate a step by.
@@ -261,6 +262,7 @@ class _MaxVA(Optimizer):
         or None for the whole state.
         """
         checkpoint.place_steps(self.state)
+        has_ranks = distributed.has_ranks()
         groups = []
         number = -1  # of a parameter among all
         for index, settings in enumerate(self.param_groups):
@@ -279,9 +281,12 @@ class _MaxVA(Optimizer):
                 if hyper.amsgrad and "max_denom" not in state:
                     state["max_denom"] = _zeros_like(param, dtype)
                     fresh.append((param, "max_denom"))
-                if settings["master_weights"] and param.dtype in MASTERS and "master" not in state:
-                    state["master"] = MASTERS[param.dtype](param)
-                    fresh.append((param, "master"))
+                if settings["master_weights"] and param.dtype in MASTERS:
+                    if "master" not in state:
+                        state["master"] = MASTERS[param.dtype](param)
+                        fresh.append((param, "master"))
+                    if has_ranks:
+                        distributed.check_savable(param, state)
                 lists = by_device.get(param.device)
                 if lists is None:
                     lists = by_device[param.device] = TensorLists()

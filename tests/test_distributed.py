@@ -13,6 +13,13 @@ import torch.distributed as dist
 from cases import ALGORITHMS, bits
 from engines import alone, make_model, replicate, run, shard, shard_and_replicate, split_layers, spread, whole
 from torch._dynamo.utils import counters
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -413,3 +420,57 @@ def test_engine_whose_partition_is_its_own_clips_itself(use_orig_params, pools):
     """Guards against a clip by the norm of one rank's part, which nothing in the parameters tells."""
     for message in pools(2)(clip_under_fsdp1, use_orig_params):
         assert "clip_grad_norm_" in message
+
+
+def wrapped(engine: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = make_model(dtype)
+    if engine == "FSDP2":
+        model = shard(model)
+    else:
+        original = engine == "FSDP1, use_orig_params"
+        model = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+    return model, engines.make_optimizer("MAdam", model, **options)
+
+
+def save_and_resume(engine: str, dtype: torch.dtype, options: dict[str, Any]) -> str:
+    """The message of a first step that is refused; "resumed" where the run goes on from its checkpoint, bit for bit."""
+    model, optimizer = wrapped(engine, dtype, options)
+    message = _message(lambda: engines.train_step(model, optimizer, 0, engines.my_rows()))
+    if message:
+        return message if not any(optimizer.state.values()) else "refused with state"
+    full = StateDictOptions(full_state_dict=True)
+    saved = [get_model_state_dict(model, options=full), get_optimizer_state_dict(model, optimizer, options=full)]
+    dist.broadcast_object_list(saved, src=0)
+    resumed, its_optimizer = wrapped(engine, dtype, options)
+    set_model_state_dict(resumed, saved[0], options=full)
+    set_optimizer_state_dict(resumed, its_optimizer, saved[1], options=full)
+    engines.train_step(model, optimizer, 1, engines.my_rows())
+    engines.train_step(resumed, its_optimizer, 1, engines.my_rows())
+    for param, its in zip(model.parameters(), resumed.parameters(), strict=True):
+        expected, found = engines.state_of(optimizer, param), engines.state_of(its_optimizer, its)
+        assert found.keys() == expected.keys()
+        assert same_bits([whole(its), *map(found.get, expected)], [whole(param), *expected.values()])
+    return "resumed"
+
+
+MASTERS = {"master_weights": True}
+NARROW = {**MASTERS, "state_dtype": torch.bfloat16}
+REMEDIES = ("use_orig_params=True", "fully_shard", "use_orig_params=False", "master_weights=False")
+KEPT_BY_ENGINES = {
+    "bfloat16": ("FSDP1, use_orig_params", torch.bfloat16, {}, ("resumed",)),
+    "masters": ("FSDP1, use_orig_params", torch.bfloat16, MASTERS, (*REMEDIES, "state_dtype=torch.bfloat16")),
+    "masters, 16-bit state": ("FSDP1, use_orig_params", torch.bfloat16, NARROW, ("resumed",)),
+    "masters, flat": ("FSDP1", torch.bfloat16, MASTERS, ("resumed",)),
+    "masters, FSDP2": ("FSDP2", torch.bfloat16, MASTERS, ("resumed",)),
+    "whole masters": ("FSDP1, use_orig_params", torch.float16, MASTERS, ("resumed",)),
+    "whole masters, 16-bit state": ("FSDP1, use_orig_params", torch.float16, NARROW, (*REMEDIES, "state_dtype=None")),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT_BY_ENGINES)
+def test_state_that_an_engine_cannot_save_is_refused(kind, pools):
+    """Guards against a run under FSDP1 whose first checkpoint fails, and the ways out that the message names."""
+    engine, dtype, options, expected = KEPT_BY_ENGINES[kind]
+    for message in pools(2)(save_and_resume, engine, dtype, options):
+        for part in expected:
+            assert part in message
