@@ -92,7 +92,11 @@ _ARGUMENTS = """
     group.
 
     State of a parameter: ``step`` (int64 scalar), ``exp_avg`` (m~), ``grad_mean`` (u), ``grad_var`` (v - u^2),
-    ``weight_sum`` (w), with AMSGrad ``max_denom``, with master weights ``master``.
+    ``weight_sum`` (w), with AMSGrad ``max_denom``, with master weights ``master``. It may be replaced or written
+    between steps; but where w is 1 a step does not read it unless ``step`` or a version counter says that it was
+    written. So after writing ``weight_sum`` alone through ``.data``, NumPy, DLPack or a collective, which count
+    nothing, call ``torch.autograd.graph.increment_version(state["weight_sum"])``. Replays of a CUDA graph look at no
+    counter: after any write to ``weight_sum`` alone, call it and capture the graph again.
 
     Raises:
         ValueError: an argument is out of range.

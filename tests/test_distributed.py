@@ -320,14 +320,20 @@ def test_compiled_step_among_ranks(engine, pools):
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def saturated_shards() -> tuple[torch.Tensor, list[int]]:
-    """The stamps of a rank's chunks, and the step that they are good for."""
+def saturate_shards() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model under FSDP2 whose optimizer has stamps."""
     model = engines.shard(engines.make_model(torch.float32))
     optimizer = engines.make_optimizer("MAdam", model)
     for step in range(4):
         engines.train_step(model, optimizer, step, engines.my_rows())
         for state in optimizer.state.values() if step == 1 else ():
             state["weight_sum"].to_local().fill_(1)
+    return model, optimizer
+
+
+def saturated_shards() -> tuple[torch.Tensor, list[int]]:
+    """The stamps of a rank's chunks, and the step that they are good for."""
+    _, optimizer = saturate_shards()
     (part,) = optimizer._saturation._parts
     return part.stamps, [8 * (int(state["step"]) + 1) for state in optimizer.state.values()]
 
@@ -337,6 +343,36 @@ def test_shards_keep_their_stamps(pools):
     for stamps, expected in pools(2)(saturated_shards):
         assert len(set(expected)) == 1
         assert set(stamps.tolist()) == set(expected)
+
+
+def written(weight_sum: Any) -> None:
+    weight_sum.mul_(0.5)
+
+
+def local_written(weight_sum: Any) -> None:
+    weight_sum.to_local().mul_(0.5)
+
+
+def local_written_invisibly(weight_sum: Any) -> None:
+    """And said so, as the optimizers' docstring has it."""
+    weight_sum.to_local().data.mul_(0.5)
+    torch.autograd.graph.increment_version(weight_sum)
+
+
+def rewritten_shards(write: Callable[[Any], None]) -> list[bool]:
+    """For each parameter whether a step has moved all the w of this rank that were written."""
+    model, optimizer = saturate_shards()
+    for state in optimizer.state.values():
+        write(state["weight_sum"])
+    engines.train_step(model, optimizer, 4, engines.my_rows())
+    return [bool((state["weight_sum"].to_local() > 0.5).all()) for state in optimizer.state.values()]
+
+
+@pytest.mark.parametrize("write", [written, local_written, local_written_invisibly], ids=lambda write: write.__name__)
+def test_stamps_of_shards_end_when_they_are_written(write, pools):
+    """Guards a w that is written as a DTensor, whose counter of versions is not its local tensor's, against stamps."""
+    for moved in pools(2)(rewritten_shards, write):
+        assert all(moved)
 
 
 def refusal(kind: str) -> str:
