@@ -8,7 +8,7 @@ from the parameters alone, never from which of them have a gradient: a rank whos
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -214,7 +214,7 @@ def norm_group(params: Iterable[Tensor], inside_zero: bool) -> dist.ProcessGroup
     Raises:
         RuntimeError: the engine divides tensors in a way that leaves the norm to itself.
     """
-    if not _has_ranks():
+    if not has_ranks():
         return None
     if any(getattr(param, "_fsdp_flattened", False) for param in params):
         raise _their_own_norm("FSDP1", "use its clip_grad_norm_ before the step, or fully_shard (FSDP2)")
@@ -228,12 +228,29 @@ def norm_group(params: Iterable[Tensor], inside_zero: bool) -> dist.ProcessGroup
     return None
 
 
+def check_savable(param: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Raises RuntimeError where the engine that has divided a parameter could not save its state.
+
+    For a checkpoint FSDP1 gathers all of an original parameter's state in one buffer, of one dtype, where other engines
+    gather each tensor by itself: a master of another dtype than the moments has the first checkpoint fail, after hours.
+    """
+    master, moment = state["master"].dtype, state["exp_avg"].dtype
+    flattened, is_flat = (getattr(param, name, False) for name in ("_fsdp_flattened", "_is_flat_param"))
+    if master != moment and flattened and not is_flat:
+        raise RuntimeError(
+            "maxva: FSDP1 with use_orig_params=True saves only one dtype of a parameter's state, and with "
+            f"master_weights=True that of a {param.dtype} parameter is {moment} and {master}; use fully_shard (FSDP2), "
+            f"use_orig_params=False, state_dtype={None if master == torch.float32 else master}, or master_weights=False"
+        )
+
+
 def is_inside_zero() -> bool:
     """Whether `ZeroRedundancyOptimizer` is calling."""
-    return _has_ranks() and any(module == _ZERO for _, module in _callers())
+    return has_ranks() and any(module == _ZERO for _, module in _callers())
 
 
-def _has_ranks() -> bool:
+def has_ranks() -> bool:
+    """Whether this is one of several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 

@@ -185,7 +185,7 @@ def step_groups(
             scaling = scaling._replace(trust_ratios=_trust_ratios(norms))
         steps.append((runs, members, its_groups, scaling))
     if saturation is not None:
-        saturation.begin_step()
+        saturation.begin_step([] if whole is groups else joined(whole, "weight_sums"))
     for runs, members, its_groups, scaling in steps:
         _call(runs.step, groups, members, its_groups, laprop, scaling, recorder, saturation)
     if skip is not None and skipped_steps is not None:  # only now that nothing was refused

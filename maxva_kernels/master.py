@@ -1,4 +1,5 @@
-"""Master weights of bfloat16 parameters, kept as 16 bits beside them: csrc/master.h, where a note says why."""
+"""Master weights: of bfloat16 parameters kept as 16 bits beside them (csrc/master.h, where a note says why), of float16
+parameters whole."""
 
 from __future__ import annotations
 
@@ -39,3 +40,21 @@ def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
     param = torch.where(is_nan, 0x7FC0, (bits.to(torch.int64) + 0x8000) >> 16).to(torch.int16)
     master = torch.where(is_nan, 0, bits).to(torch.int16)
     return param.view(torch.bfloat16), master.view(torch.bfloat16)
+
+
+def renew_masters(params: list[Tensor], masters: list[Tensor]) -> None:
+    """Sets float32 masters to their float16 parameters, in place, in those elements that something else has written.
+
+    These are known by not being the master's rounding; what a counter of versions would tell, it would not tell of
+    writes to `.data`, in compiled graphs, or in replays of captured ones. Bits are compared, so that a zero keeps its
+    sign, and a master beyond float16's range is that of an infinity that nobody wrote.
+    """
+    for param, master in zip(params, masters, strict=True):
+        is_rounding = master.to(param.dtype).view(torch.int16) == param.detach().view(torch.int16)
+        torch.where(is_rounding, master, param.detach(), out=master)
+
+
+def round_masters(params: list[Tensor], masters: list[Tensor]) -> None:
+    """Sets float16 parameters to their masters, in place."""
+    if params:
+        torch._foreach_copy_(params, masters)

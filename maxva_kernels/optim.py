@@ -25,6 +25,7 @@ from .groups import (
     no_master,
     state_dtype_name,
 )
+from .master import renew_masters, round_masters
 from .rounding import tensor_key
 from .saturation import Saturation
 from .statistics import Recorder, StepStatistics
@@ -76,7 +77,9 @@ _ARGUMENTS = """
             determines them, so they survive a checkpoint; ranks of data parallel training need the same.
         master_weights: keep a float32 weight for each bfloat16 parameter, by 16 bits of state beside it (``master``;
             `maxva_kernels.join_master` puts them together), and for each float16 parameter, whole. The parameter is
-            its rounding to nearest. Parameters of 32 and 64 bits are their own masters.
+            its rounding to nearest, and where something else writes the parameter its master follows. Parameters of 32
+            and 64 bits are their own masters. FSDP1 with ``use_orig_params=True`` cannot save bfloat16 masters beside
+            float32 state, so that there `step` refuses them.
         stochastic_rounding: round bfloat16 parameters up or down at random, right on average, where the default, to
             nearest, loses updates of less than half a unit in the last place. For those without master; not float16.
         differentiable: False is the only choice: the kernels record no graph to differentiate a step by.
@@ -89,7 +92,11 @@ _ARGUMENTS = """
     group.
 
     State of a parameter: ``step`` (int64 scalar), ``exp_avg`` (m~), ``grad_mean`` (u), ``grad_var`` (v - u^2),
-    ``weight_sum`` (w), with AMSGrad ``max_denom``, with master weights ``master``.
+    ``weight_sum`` (w), with AMSGrad ``max_denom``, with master weights ``master``. It may be replaced or written
+    between steps; but where w is 1 a step does not read it unless ``step`` or a version counter says that it was
+    written. So after writing ``weight_sum`` alone through ``.data``, NumPy, DLPack or a collective, which count
+    nothing, call ``torch.autograd.graph.increment_version(state["weight_sum"])``. Replays of a CUDA graph look at no
+    counter: after any write to ``weight_sum`` alone, call it and capture the graph again.
 
     Raises:
         ValueError: an argument is out of range.
@@ -192,8 +199,11 @@ class _MaxVA(Optimizer):
         recorder = Recorder() if self.collect_statistics else None
         fresh: list[tuple[Tensor, str | None]] = []
         try:
+            groups = self._gather(fresh)
+            whole_masters = self._whole_masters()
+            renew_masters(*whole_masters)  # also before a step that is refused: what others wrote is the weight now
             functional.step_groups(
-                self._gather(fresh),
+                groups,
                 laprop=self._laprop,
                 max_grad_norm=self.max_grad_norm,
                 **norm_options,
@@ -212,7 +222,7 @@ class _MaxVA(Optimizer):
             if type(error) is RuntimeError:  # not its subclasses, as NotImplementedError
                 raise RuntimeError(_name_parameter(str(error), self._listed)) from error
             raise
-        self._round_masters()
+        round_masters(*whole_masters)
         self._recorder = recorder
         return loss
 
@@ -267,6 +277,7 @@ class _MaxVA(Optimizer):
         or None for the whole state.
         """
         checkpoint.place_steps(self.state)
+        has_ranks = distributed.has_ranks()
         groups = []
         number = -1  # of a parameter among all
         for index, settings in enumerate(self.param_groups):
@@ -285,9 +296,12 @@ class _MaxVA(Optimizer):
                 if hyper.amsgrad and "max_denom" not in state:
                     state["max_denom"] = _zeros_like(param, dtype)
                     fresh.append((param, "max_denom"))
-                if settings["master_weights"] and param.dtype in MASTERS and "master" not in state:
-                    state["master"] = MASTERS[param.dtype](param)
-                    fresh.append((param, "master"))
+                if settings["master_weights"] and param.dtype in MASTERS:
+                    if "master" not in state:
+                        state["master"] = MASTERS[param.dtype](param)
+                        fresh.append((param, "master"))
+                    if has_ranks:
+                        distributed.check_savable(param, state)
                 lists = by_device.get(param.device)
                 if lists is None:
                     lists = by_device[param.device] = TensorLists()
@@ -313,18 +327,16 @@ class _MaxVA(Optimizer):
         has_master = not settings["master_weights"] or param.dtype not in MASTERS or "master" in state
         return bool(state) and has_master and (not settings["amsgrad"] or "max_denom" in state)
 
-    def _round_masters(self) -> None:
-        """Copies the whole master weights to their parameters."""
-        pairs = [
-            (param, self.state[param]["master"])
+    def _whole_masters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters to be stepped by whole master weights, and these; of DTensors this rank's parts."""
+        params = [
+            param
             for settings in self.param_groups
             if settings["master_weights"]
             for param in settings["params"]
             if param.grad is not None and _has_whole_master(param, settings)
         ]
-        if pairs:
-            params, masters = zip(*pairs, strict=True)
-            torch._foreach_copy_(distributed.to_local(params), distributed.to_local(masters))
+        return distributed.to_local(params), distributed.to_local(self.state[param]["master"] for param in params)
 
     def _listed(self, name: str) -> list[_Owner]:
         """Whose tensors the list ``name`` of a step has, in the order of `_gather`: it skips parameters without

@@ -14,6 +14,14 @@ from .statistics import chunks_of
 _version_of = attrgetter("_version")
 
 
+def _versions(tensors: Sequence[Tensor]) -> list[int] | None:
+    """None for tensors of inference mode, which have none."""
+    try:
+        return list(map(_version_of, tensors))
+    except RuntimeError:
+        return None
+
+
 class _Part:
     """Stamps, and the tensors that they are about.
 
@@ -34,26 +42,33 @@ class _Part:
 class Saturation:
     """An optimizer's stamps: for each step's calls of the kernels in their order, one for each chunk.
 
-    Kernels write behind autograd's back, so a counter of versions that has moved says that something else wrote. Not
-    for compiled graphs, where there is no looking at counters.
+    Kernels write behind autograd's back, so a counter of versions that has moved says that something else wrote. Who
+    writes and moves none must say so (the optimizers' docstring has how). Not for compiled graphs, where there is no
+    looking at counters.
     """
 
     def __init__(self) -> None:
         self._parts: list[_Part] = []
         self._next = 0
+        self._whole_versions: list[int] | None = []
 
-    def begin_step(self) -> None:
-        """What is asked for next belongs to the first call of a step."""
+    def begin_step(self, wholes: Sequence[Tensor] = ()) -> None:
+        """What is asked for next belongs to the first call of a step.
+
+        ``wholes`` are the DTensors whose parts it will be about: a write to one counts with it and not with the part.
+        """
         self._next = 0
+        versions = _versions(wholes)
+        if versions is None or versions != self._whole_versions:
+            self._parts, self._whole_versions = [], versions
 
     def stamps(self, weight_sums: Sequence[Tensor]) -> Tensor | None:
         """The stamps for the chunks of these tensors, int32: as the last step left them, or zeros.
 
-        None for tensors of inference mode, which have no version.
+        None for tensors of inference mode.
         """
-        try:
-            versions = list(map(_version_of, weight_sums))
-        except RuntimeError:
+        versions = _versions(weight_sums)
+        if versions is None:
             return None
         # Size and device, which assignment to `.data` changes, for the sake of the stamps' own memory.
         marks = (weight_sums[0].device, versions, list(map(id, weight_sums)), list(map(Tensor.numel, weight_sums)))

@@ -156,6 +156,24 @@ def test_generated_code(tmp_path, monkeypatch):
     assert_same_bits(runs[0][1], runs[1][1])
 
 
+def test_whole_masters_follow_their_parameters():
+    """Guards what others write into a float16 parameter between compiled steps, where nothing counts versions."""
+    runs = []
+    for compiled in (False, True):
+        model, optimizer = build(MAdam, "whole master weights")
+        step = torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiled else optimizer.step
+        for number in range(4):
+            optimizer.zero_grad()
+            loss_of(model, number).backward()
+            if number > 1:
+                model[0].weight.data[0] = 3.0
+            step()
+            assert number < 2 or (model[0].weight[0] > 2.5).all()
+        runs.append(optimizer)
+    assert graphs() == 2
+    assert_same_bits(*runs)
+
+
 def test_parameter_that_loses_its_gradient():
     """Guards against a graph break where a parameter with state has no gradient this time, as an expert unused."""
     runs = []

@@ -657,6 +657,24 @@ def test_graph_with_a_scaler_flag(machine):
         assert_same(ours, theirs)
 
 
+def test_replays_respect_what_others_write(machine):
+    """Guards float16 parameters that are written between replays against the masters in a graph, which no host looks
+    at."""
+    ours, theirs = twins(machine, MAdam, torch.float16, sizes=((3, 5), 70), capturable=True, master_weights=True)
+    static_grads(ours, 0)
+    machine.warm_up(ours.step, 1)
+    step([theirs], 0)
+    replay = machine.capture(ours.step)
+    for number in range(1, 4):
+        static_grads(ours, number)
+        for optimizer in (ours, theirs):
+            params_of(optimizer)[1].data[number::3] = 3.0
+        replay()
+        step([theirs], number)
+        assert_same(ours, theirs)
+        assert (params_of(ours)[1][number::3] > 2.5).all()
+
+
 def in_a_capture(machine, optimizer, message):
     """A step in a capture must be refused, and leave optimizer and capture as they were."""
     before = values(optimizer)

@@ -13,6 +13,13 @@ import torch.distributed as dist
 from cases import ALGORITHMS, bits
 from engines import alone, make_model, replicate, run, shard, shard_and_replicate, split_layers, spread, whole
 from torch._dynamo.utils import counters
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -313,14 +320,20 @@ def test_compiled_step_among_ranks(engine, pools):
 # --- refusals -------------------------------------------------------------------------------------------------------
 
 
-def saturated_shards() -> tuple[torch.Tensor, list[int]]:
-    """The stamps of a rank's chunks, and the step that they are good for."""
+def saturate_shards() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model under FSDP2 whose optimizer has stamps."""
     model = engines.shard(engines.make_model(torch.float32))
     optimizer = engines.make_optimizer("MAdam", model)
     for step in range(4):
         engines.train_step(model, optimizer, step, engines.my_rows())
         for state in optimizer.state.values() if step == 1 else ():
             state["weight_sum"].to_local().fill_(1)
+    return model, optimizer
+
+
+def saturated_shards() -> tuple[torch.Tensor, list[int]]:
+    """The stamps of a rank's chunks, and the step that they are good for."""
+    _, optimizer = saturate_shards()
     (part,) = optimizer._saturation._parts
     return part.stamps, [8 * (int(state["step"]) + 1) for state in optimizer.state.values()]
 
@@ -330,6 +343,36 @@ def test_shards_keep_their_stamps(pools):
     for stamps, expected in pools(2)(saturated_shards):
         assert len(set(expected)) == 1
         assert set(stamps.tolist()) == set(expected)
+
+
+def written(weight_sum: Any) -> None:
+    weight_sum.mul_(0.5)
+
+
+def local_written(weight_sum: Any) -> None:
+    weight_sum.to_local().mul_(0.5)
+
+
+def local_written_invisibly(weight_sum: Any) -> None:
+    """And said so, as the optimizers' docstring has it."""
+    weight_sum.to_local().data.mul_(0.5)
+    torch.autograd.graph.increment_version(weight_sum)
+
+
+def rewritten_shards(write: Callable[[Any], None]) -> list[bool]:
+    """For each parameter whether a step has moved all the w of this rank that were written."""
+    model, optimizer = saturate_shards()
+    for state in optimizer.state.values():
+        write(state["weight_sum"])
+    engines.train_step(model, optimizer, 4, engines.my_rows())
+    return [bool((state["weight_sum"].to_local() > 0.5).all()) for state in optimizer.state.values()]
+
+
+@pytest.mark.parametrize("write", [written, local_written, local_written_invisibly], ids=lambda write: write.__name__)
+def test_stamps_of_shards_end_when_they_are_written(write, pools):
+    """Guards a w that is written as a DTensor, whose counter of versions is not its local tensor's, against stamps."""
+    for moved in pools(2)(rewritten_shards, write):
+        assert all(moved)
 
 
 def refusal(kind: str) -> str:
@@ -413,3 +456,57 @@ def test_engine_whose_partition_is_its_own_clips_itself(use_orig_params, pools):
     """Guards against a clip by the norm of one rank's part, which nothing in the parameters tells."""
     for message in pools(2)(clip_under_fsdp1, use_orig_params):
         assert "clip_grad_norm_" in message
+
+
+def wrapped(engine: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = make_model(dtype)
+    if engine == "FSDP2":
+        model = shard(model)
+    else:
+        original = engine == "FSDP1, use_orig_params"
+        model = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+    return model, engines.make_optimizer("MAdam", model, **options)
+
+
+def save_and_resume(engine: str, dtype: torch.dtype, options: dict[str, Any]) -> str:
+    """The message of a first step that is refused; "resumed" where the run goes on from its checkpoint, bit for bit."""
+    model, optimizer = wrapped(engine, dtype, options)
+    message = _message(lambda: engines.train_step(model, optimizer, 0, engines.my_rows()))
+    if message:
+        return message if not any(optimizer.state.values()) else "refused with state"
+    full = StateDictOptions(full_state_dict=True)
+    saved = [get_model_state_dict(model, options=full), get_optimizer_state_dict(model, optimizer, options=full)]
+    dist.broadcast_object_list(saved, src=0)
+    resumed, its_optimizer = wrapped(engine, dtype, options)
+    set_model_state_dict(resumed, saved[0], options=full)
+    set_optimizer_state_dict(resumed, its_optimizer, saved[1], options=full)
+    engines.train_step(model, optimizer, 1, engines.my_rows())
+    engines.train_step(resumed, its_optimizer, 1, engines.my_rows())
+    for param, its in zip(model.parameters(), resumed.parameters(), strict=True):
+        expected, found = engines.state_of(optimizer, param), engines.state_of(its_optimizer, its)
+        assert found.keys() == expected.keys()
+        assert same_bits([whole(its), *map(found.get, expected)], [whole(param), *expected.values()])
+    return "resumed"
+
+
+MASTERS = {"master_weights": True}
+NARROW = {**MASTERS, "state_dtype": torch.bfloat16}
+REMEDIES = ("use_orig_params=True", "fully_shard", "use_orig_params=False", "master_weights=False")
+KEPT_BY_ENGINES = {
+    "bfloat16": ("FSDP1, use_orig_params", torch.bfloat16, {}, ("resumed",)),
+    "masters": ("FSDP1, use_orig_params", torch.bfloat16, MASTERS, (*REMEDIES, "state_dtype=torch.bfloat16")),
+    "masters, 16-bit state": ("FSDP1, use_orig_params", torch.bfloat16, NARROW, ("resumed",)),
+    "masters, flat": ("FSDP1", torch.bfloat16, MASTERS, ("resumed",)),
+    "masters, FSDP2": ("FSDP2", torch.bfloat16, MASTERS, ("resumed",)),
+    "whole masters": ("FSDP1, use_orig_params", torch.float16, MASTERS, ("resumed",)),
+    "whole masters, 16-bit state": ("FSDP1, use_orig_params", torch.float16, NARROW, (*REMEDIES, "state_dtype=None")),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT_BY_ENGINES)
+def test_state_that_an_engine_cannot_save_is_refused(kind, pools):
+    """Guards against a run under FSDP1 whose first checkpoint fails, and the ways out that the message names."""
+    engine, dtype, options, expected = KEPT_BY_ENGINES[kind]
+    for message in pools(2)(save_and_resume, engine, dtype, options):
+        for part in expected:
+            assert part in message

@@ -195,6 +195,77 @@ def test_weights_set_by_others_stay():
     assert (next(masters(optimizer)) - 3).abs().max() <= 2**-7  # half a unit in the last place
 
 
+def written_in_place(optimizer):
+    for param in params_of(optimizer):
+        param.detach()[::3] = 3.0
+
+
+def written_through_data(optimizer):
+    """As averages of weights are swapped in: no counter of versions tells."""
+    for param in params_of(optimizer):
+        param.data[::3] = 3.0
+
+
+def stepped_without_masters(optimizer):
+    (group,) = optimizer.param_groups
+    group["master_weights"] = False
+    for param in group["params"]:
+        param.grad = torch.zeros_like(param)
+        param.grad[::3] = 1.0
+    group["lr"], group["weight_decay"] = 1.0, 0.0
+    optimizer.step()
+    group["lr"], group["weight_decay"], group["master_weights"] = BASE["lr"], BASE["weight_decay"], True
+
+
+WRITES = [written_in_place, written_through_data, stepped_without_masters]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+def test_whole_masters_follow_their_parameters(write, backend):
+    """Guards against an old master that overwrites, in silence, what others wrote into a float16 parameter, and against
+    a new one where nobody wrote, which would lose the bits that it is for."""
+    params = make_params((600, 5), torch.float16, device_of(backend))
+    optimizer = run(MAdam(params, **{**BASE, "beta1": 0.0}, master_weights=True, backend=backend), 0, 3)
+    write(optimizer)
+    twin = copy.deepcopy(optimizer)
+    for param in params_of(twin):
+        master = twin.state[param]["master"]
+        written = master.half() != param
+        assert written.any()
+        assert not written.all()
+        master[written] = param.detach()[written].float()
+    assert_same_bits(run(optimizer, 4, 5), run(twin, 4, 5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("skips", ["found_inf", "skip_nonfinite"])
+def test_skipped_step_leaves_what_others_wrote(skips, backend):
+    """Guards float16 parameters against their masters in a step that is none; and masters that overflow, underflow or
+    are NaN in float16, of parameters that nobody wrote, against their roundings."""
+    device = device_of(backend)
+    nan, inf = torch.nan, torch.inf
+    untouched = torch.tensor([7e4, -7e4, 1.0001, -1e-9, 1e-9, nan, inf], device=device)
+    before, after = [0.5, 0.5, 0.5, -1e-9, 1e-9, nan, 7e4, inf], [3.0, nan, -inf, 0.0, -0.0, 1.0, 2.0, 1.0]
+    master = torch.cat([untouched, torch.tensor(before, device=device)])
+    param = torch.nn.Parameter(master.half())
+    optimizer = MAdam([param], **BASE, master_weights=True, skip_nonfinite=skips == "skip_nonfinite", backend=backend)
+    run(optimizer, 0, 1)
+    optimizer.state[param]["master"].copy_(master)
+    with torch.no_grad():
+        param.copy_(torch.cat([untouched, torch.tensor(after, device=device)]))
+    expected = torch.cat([untouched, torch.tensor(after, device=device)])
+    given = param.detach().clone()
+    if skips == "found_inf":
+        optimizer.found_inf, optimizer.grad_scale = (torch.ones((), device=device) for _ in range(2))
+    param.grad = torch.full_like(param, inf)
+    for _ in range(2):
+        optimizer.step()
+        assert torch.equal(bits(param.detach()), bits(given))
+        assert torch.equal(bits(optimizer.state[param]["master"]), bits(expected))
+    assert optimizer.state[param]["step"] == 1
+
+
 # --- stochastic rounding ---------------------------------------------------------------------------------------------
 
 

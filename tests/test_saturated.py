@@ -198,6 +198,26 @@ def went_on_elsewhere(optimizer):
         state["step"].data += 1
 
 
+def said(write):
+    """An invisible write, after which the optimizer is told by the call that its docstring has for that."""
+
+    def intervene(optimizer):
+        for state in optimizer.state.values():
+            write(state["weight_sum"])
+            torch.autograd.graph.increment_version(state["weight_sum"])
+
+    intervene.__name__ = write.__name__
+    return intervene
+
+
+def written_through_data_and_said(weight_sum):
+    weight_sum.data[1::50] = 0.75
+
+
+def written_through_dlpack_and_said(weight_sum):
+    torch.from_dlpack(weight_sum)[1::50] = 0.75
+
+
 def loaded(optimizer):
     saved = through_file(optimizer.state_dict())
     for state in saved["state"].values():
@@ -230,6 +250,7 @@ INTERVENTIONS = [
     replaced,
     rewound_invisibly,
     went_on_elsewhere,
+    *map(said, (written_through_data_and_said, written_through_dlpack_and_said)),
     loaded,
     stepped_by_another_backend,
     resized,

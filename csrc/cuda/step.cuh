@@ -305,8 +305,8 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
       const bool saturated = all_ones(weight_sum);
 
       // 3. Update. Where w is 1 the formula is shorter.
-      const auto update_slice = [&](const auto is_saturated) {
-        const Modes of_slice{modes.eps, modes.decay, modes.amsgrad, is_saturated};
+      const auto update_slice = [&](const auto all_at_one) {
+        const Modes of_slice{modes.eps, modes.decay, modes.amsgrad, all_at_one};
 #pragma unroll
         for (int in_slice = 0; in_slice < kSlice; in_slice += kLanes) {
           const int in_packet = from + in_slice;
