@@ -73,25 +73,27 @@ def grad_factor(scale, norm, max_norm, maximize):
 
 
 @triton.jit
-def update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, saturation):
+def update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, saturation, SATURATED: tl.constexpr):
     """The centred moments after gradient g (Eq. 6 and lines 7 to 11 of Algorithm 1), and 1 - beta; w == 0 before the
-    first."""
+    first. SATURATED: w is 1 and stays so, which saves a division and changes no bit."""
     d = g - u
     r = d * d
-    rise = (r - s) * w
+    rise = r - s if SATURATED else (r - s) * w
     b = divide(rise, (r + s) + rise)  # 1 - beta; a NaN (r = s = 0) takes the bound that is compared first
     b = tl.where(b > one_minus_upper, b, one_minus_upper)
     b = tl.where(b < one_minus_lower, b, one_minus_lower)
-    b = tl.where(w == 0.0, first_weight, b)
-    w = w + b * (1.0 - w)
-    q = divide(b, w)
+    q = b
+    if not SATURATED:
+        b = tl.where(w == 0.0, first_weight, b)
+        w = w + b * (1.0 - w)
+        q = divide(b, w)
+        w = tl.where(1.0 - w <= saturation, 1.0, w)
     p = 1.0 - q
     e = q * d
     u = flush_subnormal(u + e)
     variance = p * s + (p * e) * d
     smallest: tl.constexpr = SMALLEST_DOUBLE if s.dtype == tl.float64 else SMALLEST
     s = tl.where(variance < smallest, 0.0, variance)
-    w = tl.where(1.0 - w <= saturation, 1.0, w)
     return u, s, w, b
 
 
@@ -101,6 +103,7 @@ def update(
     coefficients,  # what a tensor's coordinates share, of their type
     modes,  # decay mode, whether eps stands as in Adam, whether AMSGrad is on
     LAPROP: tl.constexpr,
+    SATURATED: tl.constexpr,  # whether w is known to be 1
 ):  # fmt: skip
     """One step. Returns the new m, u, s, w, x; what is to be subtracted from p; and of that the part that is not weight
     decay, the gradient as it was used, without decay, and 1 - beta."""
@@ -109,12 +112,15 @@ def update(
     decay_mode, adam_eps, amsgrad = modes
     gradient = g * factor
     g = tl.where(decay_mode == L2_DECAY, gradient + decay * p, gradient)
-    u, s, w, b = update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, saturation)
+    u, s, w, b = update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, saturation, SATURATED)
 
     root_v = square_root(s + u * u)
     x = tl.where(root_v <= x, x, root_v)  # a NaN is kept
     root_v = tl.where(amsgrad, x, root_v)
-    root_w = tl.where(adam_eps != 0, 1.0, square_root(w))
+    if SATURATED:
+        root_w: tl.constexpr = 1.0
+    else:
+        root_w = tl.where(adam_eps != 0, 1.0, square_root(w))
     if LAPROP:
         m = flush_subnormal(alpha * m + one_minus_alpha * divide(root_w * g, root_w * root_v + eps))
         adaptive = step_size * m

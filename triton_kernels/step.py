@@ -54,6 +54,7 @@ def _step_block(
     saturated,  # whether all w of the chunk are known to be 1, and left alone
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TELLS: tl.constexpr,  # whether the kernel takes statistics, of this chunk or of others
     WHOLE: tl.constexpr,  # all elements are there and every operand is aligned: no masks, so that accesses are wide
 ):  # fmt: skip
     """Returns sums for the fields of a record but the count; who does not use them does not pay for them."""
@@ -81,8 +82,11 @@ def _step_block(
     else:
         w = _load(weight_sums, at, begin, end, STATE, T, WHOLE)
 
-    # 2. Update.
-    m, u, s, w, x, change, adaptive, gradient, b = update(p, g, m, u, s, w, x, coefficients, modes, LAPROP)
+    # 2. Update. A kernel that may tell has no registers for the shorter formula.
+    if saturated & (not TELLS):
+        m, u, s, w, x, change, adaptive, gradient, b = update(p, g, m, u, s, w, x, coefficients, modes, LAPROP, True)
+    else:
+        m, u, s, w, x, change, adaptive, gradient, b = update(p, g, m, u, s, w, x, coefficients, modes, LAPROP, False)
     p = p - change
 
     # 3. Store.
@@ -124,18 +128,18 @@ def _step_block(
 def _step_chunk(
     operands, begin, end, aligned, coefficients, modes, rounding, saturated,
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, TELLS: tl.constexpr,
 ):  # fmt: skip
     for first in range(0, end, BLOCK):
         if aligned & (first >= begin) & (first + BLOCK <= end):
             _step_block(
                 *(operands, first, begin, end, coefficients, modes, rounding, saturated),
-                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, True),
+                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, TELLS, True),
             )
         else:
             _step_block(
                 *(operands, first, begin, end, coefficients, modes, rounding, saturated),
-                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, False),
+                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, TELLS, False),
             )
 
 
@@ -156,12 +160,12 @@ def _step_and_tell(
         if aligned & (first >= begin) & (first + BLOCK <= end):
             a, b, c, d, e = _step_block(
                 *(operands, first, begin, end, coefficients, modes, rounding, saturated),
-                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, True),
+                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, True, True),
             )
         else:
             a, b, c, d, e = _step_block(
                 *(operands, first, begin, end, coefficients, modes, rounding, saturated),
-                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, False),
+                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, True, False),
             )
         adaptive += a.to(tl.float32)
         one_minus_beta += b.to(tl.float32)
@@ -425,7 +429,7 @@ def step_kernel(
                 else:
                     _step_chunk(
                         *(operands, begin, end, aligned, coefficients, all_modes, rounding, saturated),
-                        *(LAPROP, T, PARAM, GRAD, STATE, BLOCK),
+                        *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, STATISTICS),
                     )
                 if STAMPS:  # known when this is compiled, the other is not  # noqa: SIM102
                     if saturation != 0:

@@ -90,7 +90,7 @@ def update_chunks_kernel(
                     else:
                         x = p
                     _, _, _, _, _, change, _, _, _ = update(
-                        p, g, m, u, s, w, x, coefficients, (decay_mode, adam_eps, amsgrad), LAPROP
+                        p, g, m, u, s, w, x, coefficients, (decay_mode, adam_eps, amsgrad), LAPROP, False
                     )
                     change = tl.where(there, change, 0.0)
                     large, medium, small = add_square(p, large, medium, small)
