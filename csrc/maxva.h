@@ -1,6 +1,6 @@
 // MaxVA (arXiv 2006.11918), one coordinate at a time: the only place in C++ where beta is computed.
 // Plain code for host and device, of a number or of a vector of them; it knows neither torch nor memory. The CPU kernel
-// vectorises it, the CUDA kernel runs it per thread.
+// vectorises it, the CUDA kernel runs it for several numbers of each thread.
 //
 // Note [Centred moments]
 // The paper keeps u~, v~ and w and computes sigma^2 = v~/w - (u~/w)^2 in Eq. 6. In fp32 that difference cancels: where

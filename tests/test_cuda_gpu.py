@@ -118,6 +118,30 @@ def test_option_table_gives_the_cpus_bits(algorithm, kind, machine):
     assert not any(found), "\n".join(itertools.chain(*found))
 
 
+def test_operands_on_which_the_hardwares_approximation_decides(machine):
+    """Guards the exceptions of csrc/cuda/refine.h, Note [Short chains]: one quotient and two roots, which are right on
+    hardware whose approximations are better there than is promised."""
+    options = {"lr": 1.0, "weight_decay": 0.0, "beta1": 0.0, "beta2_range": (0.5, 1.0), "amsgrad": True}
+    pair = twins(machine, sizes=(1024, 1024), eps=16777215.0, eps_mode="adam", **options)
+    for optimizer in pair:
+        for param, grad in zip(params_of(optimizer), (0.25, 1.0), strict=True):
+            param.data.zero_()
+            param.grad = torch.full_like(param, grad)
+        optimizer.step()
+    assert params_of(pair[1])[0][0].item() == -1.4901162970204496e-08  # 2^-2 / (2^24 - 1), rounded
+    assert_same(*pair)
+    for optimizer in pair:
+        for param, variance in zip(params_of(optimizer), (15635314.0, 33038996.0), strict=True):
+            state = optimizer.state[param]
+            for name, value in {"grad_mean": 0.0, "grad_var": variance, "weight_sum": 1.0}.items():
+                state[name].fill_(value)
+            param.grad.zero_()
+        optimizer.step()
+    roots = [optimizer.state[param]["max_denom"][0].item() for optimizer in pair for param in params_of(optimizer)]
+    assert roots == 2 * [3954.151611328125, 5747.9560546875]
+    assert_same(*pair)
+
+
 def test_auto_takes_the_cuda_kernels(machine):
     """Guards the order of preference, and so what a user gets."""
     if registry.why_not("cuda", machine.device) is not None:
