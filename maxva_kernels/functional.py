@@ -166,7 +166,7 @@ def step_groups(
     if norm is not None and skipped_steps is not None:
         skip = norm.isfinite().logical_not().float()
         found_inf = skip if found_inf is None else skip + _on(skip.device, found_inf)
-    # Parameters without trust ratios first: when they are stepped, all others have been checked.
+    # Parameters without trust ratios first: when they are stepped, those with one have been checked.
     parts: dict[tuple[bool, torch.device], list[int]] = {}
     for i, group in enumerate(groups):
         if any(grad is not None for grad in group.tensors.grads):
@@ -184,6 +184,10 @@ def step_groups(
             norms = distributed.whole_norms(norms, owners)
             scaling = scaling._replace(trust_ratios=_trust_ratios(norms))
         steps.append((runs, members, its_groups, scaling))
+    # A part is checked by its own step, before which others' have already changed their tensors.
+    for i, (_, members, its_groups, _) in enumerate(steps):
+        if i > 0 and not groups[members[0]].hyper.trust_ratio and not torch.compiler.is_compiling():
+            _call(checks.check_groups, groups, members, with_gradients(its_groups))
     if saturation is not None:
         saturation.begin_step([] if whole is groups else joined(whole, "weight_sums"))
     for runs, members, its_groups, scaling in steps:
