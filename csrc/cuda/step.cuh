@@ -302,9 +302,9 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
           at.load<whole>(max_denoms, from, max_denom);
         }
       });
-      const bool saturated = all_ones(weight_sum);
+      const bool saturated = known_saturated || all_ones(weight_sum);
 
-      // 3. Update. Where w is 1 the formula is shorter.
+      // 3. Update. Where w is 1 the formula is shorter; a warp in which it is not everywhere would compute both.
       const auto update_slice = [&](const auto all_at_one) {
         const Modes of_slice{modes.eps, modes.decay, modes.amsgrad, all_at_one};
 #pragma unroll
@@ -338,7 +338,7 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
           }
         }
       };
-      if (saturated) {
+      if (known_saturated || __all_sync(__activemask(), saturated)) {
         update_slice(std::true_type{});
       } else {
         update_slice(std::false_type{});
