@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -49,47 +50,50 @@ class Code:
         arithmetic = (r"D(ADD|MUL|FMA|SETP|MNMX)", r"MUFU.*64H")
         return self.count(*arithmetic, r"F2F\.F(32\.F64|64\.F32)", r"I2F\.F64", r"F2I.*F64")
 
-    def paths(self) -> list[int]:
-        """How many instructions one turn of the step's loop has, ascending, on each way through it: for whole packets
-        only, never through what divisions and roots do for rare operands, and in modes where the code falls through.
+    def turn(self) -> tuple[int, int]:
+        """The fewest and the most instructions of a turn of the step's loop, over all ways through it that touch whole
+        packets only and nothing that is for the rare operands of divisions and roots.
 
-        A part of the code is for rare operands if each of its approximations has a call beside it.
+        Those are known by what the compiler puts beside its own divisions and roots: a check, or a call.
         """
-        first_load = next(i for i, opcode in enumerate(self.opcodes) if re.match(r"LDG.*\.128", opcode))
-        last_store = max(i for i, opcode in enumerate(self.opcodes) if re.match(r"STG.*\.128", opcode))
-        end = next(i for i, to in enumerate(self.targets) if i > last_store and to is not None and to <= first_load)
+        ends = {i + 1 for i, opcode in enumerate(self.opcodes) if self.targets[i] is not None or opcode == "EXIT"}
+        bounds = sorted(ends | {to for to in self.targets if to is not None} | {0, len(self.opcodes)})
+        block_end = dict(itertools.pairwise(bounds))
+        wide = [i for i, opcode in enumerate(self.opcodes) if re.match(r"(LDG|STG).*\.128", opcode)]
+        back = next(
+            i for i, to in enumerate(self.targets) if to is not None and i > wide[-1] and to <= wide[0]
+        )  # the branch at the loop's end
 
-        def calls(begin: int, end: int) -> tuple[int, int]:
-            part = self.opcodes[begin:end]
-            return sum(op.startswith("CALL") for op in part), sum(
-                op.startswith(("MUFU.RCP", "MUFU.RSQ")) for op in part
-            )
+        def ops(begin: int) -> list[str]:
+            return self.opcodes[begin : block_end.get(begin, begin)]
 
-        def walk(i: int) -> set[int]:
-            count = 0
-            while i < end:
-                count += 1
-                to = self.targets[i]
-                if to is None or to <= i:
-                    i += 1
-                    continue
-                called, approximations = calls(i + 1, to)
-                accesses = [op for op in self.opcodes[i + 1 : to] if op.startswith(("LDG", "STG"))]
-                if (
-                    not self.conditional[i]
-                    or called >= max(1, approximations)
-                    or (accesses and ".128" not in accesses[0])
-                ):
-                    i = to
-                elif called:
-                    return {count + rest for way in (i + 1, to) for rest in walk(way)}
-                else:
-                    i += 1
-            return {count + 1}
+        def after(begin: int) -> list[int]:
+            last = block_end[begin] - 1
+            to = self.targets[last]
+            return [last + 1, *([] if to is None else [to])] if to is None or self.conditional[last] else [to]
 
-        start = self.targets[end]
+        def is_left_out(begin: int) -> bool:
+            its = ops(begin)
+            narrow = any(re.match(r"(LDG|STG)(?!.*\.128)", op) for op in its)
+            of_root = sum(op.startswith("MUFU.RSQ") for op in its) == 1
+            called = of_root and any(op.startswith("CALL") for following in after(begin) for op in ops(following))
+            return narrow or called or any(op.startswith(("FCHK", "CALL", "EXIT")) for op in its)
+
+        @functools.cache
+        def rest(begin: int) -> tuple[int, int] | None:
+            if is_left_out(begin):
+                return None
+            count = block_end[begin] - begin
+            if block_end[begin] - 1 == back:
+                return count, count
+            ways = [way for way in map(rest, after(begin)) if way is not None]
+            return (count + min(way[0] for way in ways), count + max(way[1] for way in ways)) if ways else None
+
+        start = self.targets[back]
         assert start is not None
-        return sorted(walk(start))
+        found = rest(start)
+        assert found is not None
+        return found
 
     @property
     def uses_local_memory(self) -> bool:
