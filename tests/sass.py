@@ -81,11 +81,11 @@ class Code:
 
         @functools.cache
         def rest(begin: int) -> tuple[int, int] | None:
+            count = block_end[begin] - begin
+            if block_end[begin] - 1 == back:  # where before compute capability 9.0 the loop is left by a call
+                return count, count
             if is_left_out(begin):
                 return None
-            count = block_end[begin] - begin
-            if block_end[begin] - 1 == back:
-                return count, count
             ways = [way for way in map(rest, after(begin)) if way is not None]
             return (count + min(way[0] for way in ways), count + max(way[1] for way in ways)) if ways else None
 
@@ -121,6 +121,6 @@ def read(cubin: Path) -> list[Code]:
         for _, predicate, opcode, operands in lines:
             branch = re.search(r"(0x[0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
             targets.append(place[int(branch[1], 16)] if branch else None)
-            conditional.append(bool(predicate) or operands.count(",") > 0)
+            conditional.append(bool(predicate) or "," in operands or opcode != "BRA")  # BRA.DIV: where threads diverge
         codes.append(Code(name.strip(), *used[name.strip()], [line[2] for line in lines], targets, conditional))
     return codes
