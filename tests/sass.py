@@ -79,15 +79,19 @@ class Code:
             called = of_root and any(op.startswith("CALL") for following in after(begin) for op in ops(following))
             return narrow or called or any(op.startswith(("FCHK", "CALL", "EXIT")) for op in its)
 
-        @functools.cache
+        known: dict[int, tuple[int, int] | None] = {}
+
         def rest(begin: int) -> tuple[int, int] | None:
-            count = block_end[begin] - begin
-            if block_end[begin] - 1 == back:  # where before compute capability 9.0 the loop is left by a call
-                return count, count
-            if is_left_out(begin):
-                return None
-            ways = [way for way in map(rest, after(begin)) if way is not None]
-            return (count + min(way[0] for way in ways), count + max(way[1] for way in ways)) if ways else None
+            if begin not in known:
+                known[begin] = None  # while it is looked for: who comes here again has gone in a circle
+                count = block_end[begin] - begin
+                if block_end[begin] - 1 == back:  # where before compute capability 9.0 the loop is left by a call
+                    known[begin] = count, count
+                elif not is_left_out(begin):
+                    ways = [way for way in map(rest, after(begin)) if way is not None]
+                    if ways:
+                        known[begin] = count + min(way[0] for way in ways), count + max(way[1] for way in ways)
+            return known[begin]
 
         start = self.targets[back]
         assert start is not None
