@@ -177,20 +177,26 @@ __device__ __forceinline__ void close_params(const Several<T, kCount>& values, b
   for_each([&](int k) { convert(values[k], params[k]); });
 }
 
-// A bias correction and what it is of. The chunks of a model mostly share it, and while one thread computes it, which
+// The last bias correction of a block. The chunks of a model mostly share it, and while one thread computes it, which
 // takes some twenty multiplications in a row, its block loads nothing.
 template <typename T>
 struct BiasCorrection {
   uint64_t alpha_bits;
   int64_t step;  // 0: none yet
   T value;
+
+  __device__ T of(uint64_t its_alpha_bits, int64_t its_step) {
+    if (its_step != step || its_alpha_bits != alpha_bits) {
+      *this = {its_alpha_bits, its_step, bias_correction<T>(its_alpha_bits, its_step)};
+    }
+    return value;
+  }
 };
 
 // What is the same for all elements of a tensor. Threads read it where it is, in shared memory: registers are scarce.
 template <typename T>
 struct Common {
   Coefficients<T> coefficients;
-  BiasCorrection<T> correction;
   RoundingKey key;  // of what is rounded stochastically
   bool rounds_param;
   int64_t step;    // with this one
@@ -424,9 +430,9 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State, 
   }
   // 2. The blocks share out the chunks.
   __shared__ Common<T> common;
-  BiasCorrection<T>& last = common.correction;
+  __shared__ BiasCorrection<T> correction;  // of thread 0
   if (threadIdx.x == 0) {
-    last.step = 0;
+    correction.step = 0;
   }
   for (int64_t chunk = blockIdx.x; chunk < launch.chunks; chunk += gridDim.x) {
     const int tensor = launch.chunk_rows[chunk];
@@ -438,10 +444,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State, 
     const StepGroup<T>& group = launch.groups[row.group];
     if (threadIdx.x == 0) {
       const int64_t step = *in_global_memory(row.step) + 1;
-      if (step != last.step || group.hyper.alpha_bits != last.alpha_bits) {
-        last = {group.hyper.alpha_bits, step, bias_correction<T>(group.hyper.alpha_bits, step)};
-      }
-      common.coefficients = read_coefficients(launch, group, tensor, last.value);
+      common.coefficients = read_coefficients(launch, group, tensor, correction.of(group.hyper.alpha_bits, step));
       common.step = step;
       common.stamp = launch.saturation == nullptr ? 0 : *in_global_memory(launch.saturation + chunk);
       common.searches = launch.saturation != nullptr && step % kSearches == 0;

@@ -7,43 +7,54 @@
 
 namespace maxva::cuda {
 
-// One element of a tensor of that dtype, which is kDouble exactly where T is double.
-template <typename T>
-__device__ __forceinline__ T read(const void* memory, int64_t i, DType dtype) {
+// Elements at(0) ... at(kCount - 1) of a tensor of that dtype, which is kDouble exactly where T is double. Where at()
+// is negative there is none, and 1 in its place.
+template <typename T, int kCount, typename At>
+__device__ __forceinline__ Several<T, kCount> read(const void* memory, const At& at, DType dtype) {
+  const auto of = [&](const auto* tensor) {
+    return each<kCount>([&](int k) { return at(k) < 0 ? T(1) : widen<T>(*in_global_memory(tensor + at(k))); });
+  };
   if constexpr (sizeof(T) == sizeof(double)) {
-    return *in_global_memory(static_cast<const T*>(memory) + i);
+    return of(static_cast<const double*>(memory));
   } else {
     switch (dtype) {
       case DType::kHalf:
-        return widen<T>(*in_global_memory(static_cast<const Half*>(memory) + i));
+        return of(static_cast<const Half*>(memory));
       case DType::kBFloat16:
-        return widen<T>(*in_global_memory(static_cast<const BFloat16*>(memory) + i));
+        return of(static_cast<const BFloat16*>(memory));
       default:
-        return *in_global_memory(static_cast<const float*>(memory) + i);
+        return of(static_cast<const float*>(memory));
     }
   }
 }
 
-// One element of a parameter, or of its master.
-template <typename T>
-__device__ __forceinline__ T read_param(const StepRow& row, int64_t i, DType dtype) {
+// So of a parameter, or of its master.
+template <typename T, int kCount, typename At>
+__device__ __forceinline__ Several<T, kCount> read_params(const StepRow& row, const At& at, DType dtype) {
   if constexpr (sizeof(T) == sizeof(float)) {
     if (row.master != nullptr) {
-      return join_master(*in_global_memory(static_cast<const BFloat16*>(row.param) + i),
-                         *in_global_memory(row.master + i));
+      const BFloat16* params = static_cast<const BFloat16*>(row.param);
+      return each<kCount>([&](int k) {
+        return at(k) < 0 ? T(1) : join_master(*in_global_memory(params + at(k)), *in_global_memory(row.master + at(k)));
+      });
     }
   }
-  return read<T>(row.param, i, dtype);
+  return read<T, kCount>(row.param, at, dtype);
 }
 
 // Compiled for each arithmetic and algorithm, not for each dtype as the step is: this pass is for few users.
 template <Algorithm kAlgorithm, typename T>
 __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __grid_constant__ StepLaunch<T> launch) {
-  constexpr int kOwn = int(kNormLanes) / kUpdateThreads;  // lanes of a thread, kUpdateThreads apart
+  constexpr int kOwn = int(kNormLanes) / kUpdateThreads;             // lanes of a thread, kUpdateThreads apart
+  constexpr int kTogether = sizeof(T) == sizeof(double) ? 1 : kOwn;  // of them; in float64 registers are few
   if (launch.found_inf != nullptr && *launch.found_inf != T(0)) {
     return;
   }
   __shared__ Coefficients<T> shared;
+  __shared__ BiasCorrection<T> correction;  // of thread 0
+  if (threadIdx.x == 0) {
+    correction.step = 0;
+  }
   __shared__ Lanes<T> lanes;
   for (int64_t chunk = blockIdx.x; chunk < launch.chunks; chunk += gridDim.x) {
     const int tensor = launch.chunk_rows[chunk];
@@ -60,7 +71,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
       at_rate_1.lr = nullptr;
       at_rate_1.hyper.lr = T(1);
       const int64_t step = *in_global_memory(row.step) + 1;
-      shared = read_coefficients(launch, at_rate_1, tensor, bias_correction<T>(group.hyper.alpha_bits, step));
+      shared = read_coefficients(launch, at_rate_1, tensor, correction.of(group.hyper.alpha_bits, step));
     }
     __syncthreads();
     const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr, false};
@@ -69,21 +80,35 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
 
     // 2. Each thread's lanes. No packets: neighbours of a warp read neighbours in memory, however a tensor begins.
     SumOfSquares<T> params[kOwn] = {}, updates[kOwn] = {};
+    const auto coefficients = broadcast<Several<T, kTogether>>(shared);
     for (int base = threadIdx.x; base < count; base += int(kNormLanes)) {
 #pragma unroll
-      for (int k = 0; k < kOwn; ++k) {
-        const int offset = base + k * kUpdateThreads;
-        if (offset < count) {
-          const int64_t i = begin + offset;
-          const auto value = [&](const void* memory) { return read<T>(memory, i, launch.state_dtype); };
-          const T param = read_param<T>(row, i, launch.param_dtype), grad = read<T>(grads, i, launch.grad_dtype);
-          T exp_avg = value(row.exp_avg), grad_mean = value(row.grad_mean), grad_var = value(row.grad_var);
-          T weight_sum = value(row.weight_sum), max_denom = modes.amsgrad ? value(row.max_denom) : T(0);
-          const T change =
-              update<kAlgorithm>(param, grad, exp_avg, grad_mean, grad_var, weight_sum, max_denom, shared, modes)
-                  .change;
-          add_square(param, params[k].large, params[k].medium, params[k].small);
-          add_square(change, updates[k].large, updates[k].medium, updates[k].small);
+      for (int own = 0; own < kOwn; own += kTogether) {
+        const auto at = [&](int k) {
+          const int place = base + (own + k) * kUpdateThreads;
+          return place < count ? begin + place : -1;
+        };
+        const auto value = [&](const void* memory) { return read<T, kTogether>(memory, at, launch.state_dtype); };
+        const auto param = read_params<T, kTogether>(row, at, launch.param_dtype);
+        const auto grad = read<T, kTogether>(grads, at, launch.grad_dtype);
+        auto exp_avg = value(row.exp_avg), grad_mean = value(row.grad_mean), grad_var = value(row.grad_var);
+        auto weight_sum = value(row.weight_sum);
+        auto max_denom = modes.amsgrad ? value(row.max_denom) : Several<T, kTogether>(T(0));
+        const auto change = [&](const auto all_at_one) {
+          const Modes of_these{modes.eps, modes.decay, modes.amsgrad, all_at_one};
+          return update<kAlgorithm>(param, grad, exp_avg, grad_mean, grad_var, weight_sum, max_denom, coefficients,
+                                    of_these)
+              .change;
+        };
+        const bool all_at_one = kTogether > 1 && __all_sync(__activemask(), all_ones(weight_sum.lanes));
+        const auto changes = all_at_one ? change(std::true_type{}) : change(std::false_type{});
+#pragma unroll
+        for (int k = 0; k < kTogether; ++k) {
+          if (at(k) >= 0) {
+            SumOfSquares<T>&of_param = params[own + k], &of_update = updates[own + k];
+            add_square(param[k], of_param.large, of_param.medium, of_param.small);
+            add_square(changes[k], of_update.large, of_update.medium, of_update.small);
+          }
         }
       }
     }
