@@ -33,6 +33,16 @@ struct Several {
   __device__ __forceinline__ const T& operator[](int k) const { return lanes[k]; }
 };
 
+// f(condition), with the condition as a type: code of its own for either.
+template <typename F>
+__device__ __forceinline__ auto with_constant(bool condition, const F& f) {
+  if (condition) {
+    return f(std::true_type{});
+  } else {
+    return f(std::false_type{});
+  }
+}
+
 // f(0) ... f(kCount - 1)
 template <int kCount, typename F>
 __device__ __forceinline__ auto each(const F& f) {

@@ -40,11 +40,7 @@ struct Place {
   // Calls access(true or false), as a type that `load` and `store` take for kWhole: one branch for all operands.
   template <typename Access>
   __device__ __forceinline__ void if_whole(const Access& access) const {
-    if (whole) {
-      access(std::true_type{});
-    } else {
-      access(std::false_type{});
-    }
+    with_constant(whole, access);
   }
 
   // Where element k is, or -1 if it is not there. The empty statement hides how it was computed: else the compiler
@@ -344,11 +340,7 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
           }
         }
       };
-      if (known_saturated || __all_sync(__activemask(), saturated)) {
-        update_slice(std::true_type{});
-      } else {
-        update_slice(std::false_type{});
-      }
+      with_constant(known_saturated || __all_sync(__activemask(), saturated), update_slice);
 
       // 4. Store.
       at.if_whole([&](const auto whole) {

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
               .change;
         };
         const bool all_at_one = kTogether > 1 && __all_sync(__activemask(), all_ones(weight_sum.lanes));
-        const auto changes = all_at_one ? change(std::true_type{}) : change(std::false_type{});
+        const auto changes = with_constant(all_at_one, change);
 #pragma unroll
         for (int k = 0; k < kTogether; ++k) {
           if (at(k) >= 0) {
