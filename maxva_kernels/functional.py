@@ -185,8 +185,8 @@ def step_groups(
             scaling = scaling._replace(trust_ratios=_trust_ratios(norms))
         steps.append((runs, members, its_groups, scaling))
     # A part is checked by its own step, before which others' have already changed their tensors.
-    for i, (_, members, its_groups, _) in enumerate(steps):
-        if i > 0 and not groups[members[0]].hyper.trust_ratio and not torch.compiler.is_compiling():
+    for _, members, its_groups, _ in steps[1:]:
+        if not groups[members[0]].hyper.trust_ratio and not torch.compiler.is_compiling():
             _call(checks.check_groups, groups, members, with_gradients(its_groups))
     if saturation is not None:
         saturation.begin_step([] if whole is groups else joined(whole, "weight_sums"))
