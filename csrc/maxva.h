@@ -182,7 +182,7 @@ template <typename T>
 MAXVA_FN T select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
-// Where either is a NaN these two give the second.
+// Where the first is a NaN these two give the second, which must be none.
 template <typename T>
 MAXVA_FN T larger(T x, T y) {
   return x > y ? x : y;
@@ -207,6 +207,12 @@ MAXVA_FN T flush_subnormal(T x) {
   return select(magnitude(x) < std::numeric_limits<T>::min(), T(0), x);
 }
 
+// The same of what is negative only where rounding had a coefficient exceed 1: one comparison less.
+template <typename T>
+MAXVA_FN T flush_variance(T x) {
+  return select(x < std::numeric_limits<T>::min(), T(0), x);
+}
+
 // One MaxVA update of the centred moments (Eq. 6 and lines 7 to 11 of Algorithm 1; see Note [Centred moments]).
 // w == 0 marks a coordinate before its first gradient, whose weight is Eq. 7's.
 // Where w is 1 it stays so. Returns b = 1 - beta.
@@ -229,14 +235,14 @@ MAXVA_FN T update_moments(T g, T& u, T& s, T& w, const Coefficients<T>& c, const
   const T e = q * d;
   u = flush_subnormal(u + e);
   const T variance = p * s + (p * e) * d;  // in this order q = 0 or p = 0 wins over a square that overflows
-  s = select(variance < std::numeric_limits<T>::min(), T(0), variance);  // flush_subnormal of what is not negative
+  s = flush_variance(variance);
   return b;
 }
 
 // What a coordinate's step comes to. What a kernel has no use for is not computed.
 template <typename T>
 struct Update {
-  T change;    // is subtracted from the parameter
+  T change;    // is subtracted from the parameter; where a moment is a NaN so is this
   T adaptive;  // the part of it that is not weight decay: step_size times the normalised momentum
   T gradient;  // unscaled and clipped, with the sign of a descent
   T one_minus_beta;

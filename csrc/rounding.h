@@ -55,8 +55,8 @@ MAXVA_FN RandomBits<Word> random_bits(RoundingKey key, Word element) {
 // The bits of x, of which the upper 16 are its rounded form. Infinity stays. So does a NaN, which is only cut: a carry
 // could make it 0. That it is quiet, as all that come from arithmetic, its upper half tells.
 template <typename T, typename Word>
-MAXVA_FN Word add_random(T x, Word random) {
-  return to_bits(x) + select(x == x, random, Word(0));
+MAXVA_FN Word add_random(T x, Word random, bool may_be_nan = true) {
+  return to_bits(x) + (may_be_nan ? select(x == x, random, Word(0)) : random);
 }
 
 MAXVA_FN BFloat16 round_stochastically(float x, uint32_t random) {

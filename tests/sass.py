@@ -52,9 +52,10 @@ class Code:
 
     def turn(self) -> tuple[int, int]:
         """The fewest and the most instructions of a turn of the step's loop, over all ways through it that touch whole
-        packets only and nothing that is for the rare operands of divisions and roots.
+        packets only and nothing that is for the rare operands of divisions and roots, or for state that is a NaN.
 
-        Those are known by what the compiler puts beside its own divisions and roots: a check, or a call.
+        Those are known by what the compiler puts beside its own divisions and roots: a check, or a call; and state that
+        may be a NaN by the comparisons with itself, of at least two numbers in four lanes.
         """
         ends = {i + 1 for i, opcode in enumerate(self.opcodes) if self.targets[i] is not None or opcode == "EXIT"}
         bounds = sorted(ends | {to for to in self.targets if to is not None} | {0, len(self.opcodes)})
@@ -77,7 +78,8 @@ class Code:
             narrow = any(re.match(r"(LDG|STG)(?!.*\.128)", op) for op in its)
             of_root = sum(op.startswith("MUFU.RSQ") for op in its) == 1
             called = of_root and any(op.startswith("CALL") for following in after(begin) for op in ops(following))
-            return narrow or called or any(op.startswith(("FCHK", "CALL", "EXIT")) for op in its)
+            asks_for_nan = sum(op.startswith("FSETP.NAN") for op in its) >= 8
+            return narrow or called or asks_for_nan or any(op.startswith(("FCHK", "CALL", "EXIT")) for op in its)
 
         known: dict[int, tuple[int, int] | None] = {}
 

@@ -182,6 +182,28 @@ def test_special_values():
         assert ((finite.abs() >= torch.finfo(BF16).tiny) | (finite == 0)).all(), name
 
 
+@pytest.mark.parametrize("saturated", [False, True])
+@pytest.mark.parametrize("option", ["base", "all", "no_momentum", "wide_range"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_stays_one(backend, algorithm, option, saturated):
+    """Guards what the kernels take for granted, that a NaN in any one moment is one in the parameter's update: they
+    look for it there, and random numbers added to a NaN's bits make 0 of it."""
+    options = {**BASE, **OPTIONS[option], "trust_ratio": False, "max_grad_norm": None, "state_dtype": BF16}
+    param = make_params((600,), device=device_of(backend))[0]
+    optimizer = run(algorithm([param], **options, backend=backend), 0, 1)
+    state = optimizer.state[param]
+    if saturated:
+        state["weight_sum"].fill_(1)
+    places = {name: 16 * i + 3 for i, name in enumerate(MOMENTS)}
+    for name, place in places.items():
+        state[name].view(torch.int16)[place] = 0x7FFF
+    run(optimizer, 1, 2)
+    for name, place in places.items():
+        assert state[name][place].isnan(), name
+    assert param.isnan().nonzero().flatten().tolist() == list(places.values())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_overflow_leaves_everything(backend):
     """Guards against rounding a state again that no step has changed."""

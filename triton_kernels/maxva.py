@@ -80,8 +80,7 @@ def update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, s
     r = d * d
     rise = r - s if SATURATED else (r - s) * w
     b = divide(rise, (r + s) + rise)  # 1 - beta; a NaN (r = s = 0) takes the bound that is compared first
-    b = tl.where(b > one_minus_upper, b, one_minus_upper)
-    b = tl.where(b < one_minus_lower, b, one_minus_lower)
+    b = tl.minimum(tl.maximum(b, one_minus_upper), one_minus_lower)
     q = b
     if not SATURATED:
         b = tl.where(w == 0.0, first_weight, b)

@@ -86,13 +86,13 @@ MAXVA_FN void finish_lanes(const VectorBlock<Kept>& block, int64_t i, const Begu
                             modes, update);
   store(param - update.change, block.param + i);
 
-  // Where a moment is a NaN the update is one: so one comparison tells, in the place of one for each moment.
+  // Where a moment is a NaN so is the update: one comparison in place of one for each moment.
   const bool special = std::is_same_v<Kept, BFloat16> && any_nan(update.adaptive);
   const auto keep = [&](Floats value, const Words& its_random, Kept* to) {
     if constexpr (std::is_same_v<Kept, float>) {
       store(value, to + i);
     } else {
-      store_upper(special ? add_random(value, its_random) : to_bits(value) + its_random, to + i);
+      store_upper(add_random(value, its_random, special), to + i);
     }
   };
   keep(exp_avg, random.exp_avg, block.exp_avg);

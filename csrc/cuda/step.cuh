@@ -3,22 +3,16 @@
 // Note [Modes at run time]
 // Groups of one launch may differ in every mode, so within it modes are values that all threads of a block agree on:
 // a few uniform branches in a kernel that waits for memory. Only what a whole launch shares is a template parameter.
-//
-// Note [Alignment]
-// A thread takes kWidth consecutive elements, 16 bytes of the narrowest operand. A tensor may begin anywhere in such a
-// packet (a view of a flat buffer does): its chunks are cut where packets begin, `shift` elements early, and only the
-// packets over its two ends go element by element. That needs all operands to begin at the same place of a packet.
-// Where they don't, the threads of that tensor take elements that are kStepThreads apart: every access is one element
-// wide, and those of a warp still lie side by side.
 #pragma once
 
 #include <type_traits>
 
 #include "cuda/launch.h"
 #include "cuda/packet.cuh"
+#include "cuda/place.cuh"
 #include "cuda/several.cuh"
+#include "cuda/stored.cuh"
 #include "float16.h"
-#include "master.h"
 #include "rounding.h"
 #include "saturation.h"
 
@@ -29,59 +23,6 @@ namespace maxva::cuda {
 // operands are equally wide, 8 and more where some are half as wide as others.
 template <typename Param, typename Grad, typename State, bool kStatistics>
 constexpr int kStepBlocks = sizeof(Param) == 4 && sizeof(Grad) == 4 && sizeof(State) == 4 && !kStatistics ? 3 : 2;
-
-// The elements of one thread in one turn: element k lies `first + k * spacing` behind where the chunk begins.
-struct Place {
-  int first;
-  int begin, end;  // the chunk's elements that are there: before and beyond lie none, or other chunks'
-  int spacing;
-  bool whole;  // all are there and lie in aligned packets
-
-  // Calls access(true or false), as a type that `load` and `store` take for kWhole: one branch for all operands.
-  template <typename Access>
-  __device__ __forceinline__ void if_whole(const Access& access) const {
-    with_constant(whole, access);
-  }
-
-  // Where element k is, or -1 if it is not there. The empty statement hides how it was computed: else the compiler
-  // keeps the addresses of these rare accesses from the loads to the stores, and spills other registers for them.
-  __device__ __forceinline__ int find(int k) const {
-    int i = first + k * spacing;
-    asm volatile("" : "+r"(i));
-    return i >= begin && i < end ? i : -1;
-  }
-
-  // Elements from ... from + kCount - 1 of the thread.
-  template <bool kWhole, int kCount, typename Stored>
-  __device__ __forceinline__ void load(const Stored* memory, int from, Stored (&to)[kCount]) const {
-    if constexpr (kWhole) {
-      load_packets(memory + first + from, to);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        const int i = find(from + k);
-        if (i >= 0) {
-          to[k] = *in_global_memory(memory + i);
-        }
-      }
-    }
-  }
-
-  template <bool kWhole, int kCount, typename Stored>
-  __device__ __forceinline__ void store(const Stored (&values)[kCount], int from, Stored* memory) const {
-    if constexpr (kWhole) {
-      store_packets(values, memory + first + from);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kCount; ++k) {
-        const int i = find(from + k);
-        if (i >= 0) {
-          *in_global_memory(memory + i) = values[k];
-        }
-      }
-    }
-  }
-};
 
 // Adds up the threads' sums pairwise and has one write the record. All threads of the block take part.
 template <typename T>
@@ -109,68 +50,10 @@ __device__ __forceinline__ void write_record(const StatisticsSums<T>& own, Stati
   }
 }
 
-// Stores a moment: in the arithmetic's type, or rounded stochastically.
-template <typename T>
-__device__ __forceinline__ void keep(T value, uint32_t, T& stored) {
-  stored = value;
-}
-__device__ __forceinline__ void keep(float value, uint32_t random, BFloat16& stored) {
-  stored = round_stochastically(value, random);
-}
-
 // That of one lane.
 template <typename T, int kCount>
 __device__ __forceinline__ Update<T> lane(const Update<Several<T, kCount>>& of, int k) {
   return {of.change[k], of.adaptive[k], of.gradient[k], of.one_minus_beta[k]};
-}
-
-template <int kCount, typename Stored>
-__device__ __forceinline__ void fill_ones(Stored (&values)[kCount]) {
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    values[k] = one<Stored>();
-  }
-}
-
-template <int kCount, typename Stored>
-__device__ __forceinline__ bool all_ones(const Stored (&values)[kCount]) {
-  bool every = true;
-#pragma unroll
-  for (int k = 0; k < kCount; ++k) {
-    every = every && is_one(values[k]);
-  }
-  return every;
-}
-
-// Values of parameters, which only in bfloat16 may have masters.
-template <typename T, int kCount, typename Param>
-__device__ __forceinline__ Several<T, kCount> open_params(const Param* params, bool has_master, const int16_t* rests) {
-  if constexpr (std::is_same_v<Param, BFloat16>) {
-    if (has_master) {
-      return each<kCount>([&](int k) { return join_master(params[k], rests[k]); });
-    }
-  }
-  return each<kCount>([&](int k) { return widen<T>(params[k]); });
-}
-// And back. `random(k)` gives a lane's RandomBits.
-template <typename T, int kCount, typename Param, typename Random>
-__device__ __forceinline__ void close_params(const Several<T, kCount>& values, bool has_master, bool rounds,
-                                             const Random& random, Param* params, int16_t* rests) {
-  const auto for_each = [&](const auto& close) {
-#pragma unroll
-    for (int k = 0; k < kCount; ++k) {
-      close(k);
-    }
-  };
-  if constexpr (std::is_same_v<Param, BFloat16>) {
-    if (has_master) {
-      return for_each([&](int k) { split_master(values[k], params[k], rests[k]); });
-    }
-    if (rounds) {
-      return for_each([&](int k) { params[k] = round_stochastically(values[k], random(k).param); });
-    }
-  }
-  for_each([&](int k) { convert(values[k], params[k]); });
 }
 
 // The last bias correction of a block. The chunks of a model mostly share it, and while one thread computes it, which
@@ -189,7 +72,8 @@ struct BiasCorrection {
   }
 };
 
-// What is the same for all elements of a tensor. Threads read it where it is, in shared memory: registers are scarce.
+// What is the same for all elements of a tensor. Threads read most of it where it is, in shared memory: registers are
+// scarce.
 template <typename T>
 struct Common {
   Coefficients<T> coefficients;
@@ -240,7 +124,7 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   constexpr int kWidth = kPerPacket<Narrow>;
   constexpr int kSlice = kPerPacket<State>;  // as many at a time need their state in registers
   // So many are updated side by side: as many as there are registers for, and in float64 there is no short chain.
-  constexpr int kLanes = std::is_same_v<T, double> ? 1 : kRounds && kStatistics ? 2 : 4;
+  constexpr int kLanes = std::is_same_v<T, double> ? 1 : 4;
   static_assert(kStepChunk % (kWidth * kStepThreads) == 0);
 
   // 1. Where this chunk begins and ends, and whether packets can be used.
@@ -266,6 +150,7 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   int16_t* const rests = uniform(row.master + start);
   const bool has_master = kMayHaveMaster && row.master != nullptr;
   const bool known_saturated = is_stamped(common.stamp, common.step, shift);
+  const RoundingKey key = common.key;
 
   Place at;
   at.begin = chunk == 0 ? shift : 0;
@@ -312,24 +197,34 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
 #pragma unroll
         for (int in_slice = 0; in_slice < kSlice; in_slice += kLanes) {
           const int in_packet = from + in_slice;
-          const auto open = [](const auto* stored) { return each<kLanes>([&](int k) { return widen<T>(stored[k]); }); };
           const auto p = open_params<T, kLanes>(param + in_packet, has_master, rest + in_packet);
-          const auto g = open(gradient + in_packet);
-          auto m = open(exp_avg + in_slice), u = open(grad_mean + in_slice), s = open(grad_var + in_slice);
-          auto w = open(weight_sum + in_slice), x = open(max_denom + in_slice);
+          const auto g = open<T, kLanes>(gradient + in_packet);
+          auto m = open<T, kLanes>(exp_avg + in_slice), u = open<T, kLanes>(grad_mean + in_slice);
+          auto s = open<T, kLanes>(grad_var + in_slice), w = open<T, kLanes>(weight_sum + in_slice);
+          auto x = open<T, kLanes>(max_denom + in_slice);
           const auto to = update<kAlgorithm>(p, g, m, u, s, w, x, coefficients, of_slice);
           const auto random = [&](int k) {
             const int i = at.first + (in_packet + k) * at.spacing;
-            return random_bits(common.key, static_cast<uint32_t>(start) + static_cast<uint32_t>(i));
+            return random_bits(key, static_cast<uint32_t>(start) + static_cast<uint32_t>(i));
           };
-          close_params(p - to.change, has_master, common.rounds_param, random, param + in_packet, rest + in_packet);
+          const auto results = p - to.change;
+          const auto close = [&](const auto may_be_nan) {
+            close_params(results, has_master, common.rounds_param, may_be_nan, random, param + in_packet,
+                         rest + in_packet);
+            keep(m, may_be_nan, [&](int k) { return random(k).exp_avg; }, exp_avg + in_slice);
+            keep(u, may_be_nan, [&](int k) { return random(k).grad_mean; }, grad_mean + in_slice);
+            keep(s, may_be_nan, [&](int k) { return random(k).grad_var; }, grad_var + in_slice);
+            if (!all_at_one) {
+              keep(w, may_be_nan, [&](int k) { return random(k).weight_sum; }, weight_sum + in_slice);
+            }
+          };
+          if constexpr (kRounds) {
+            with_constant(may_have_nan(results), close);
+          } else {
+            close(std::true_type{});
+          }
 #pragma unroll
           for (int k = 0; k < kLanes; ++k) {
-            const RandomBits<uint32_t> bits = kRounds ? random(k) : RandomBits<uint32_t>{};
-            keep(m[k], bits.exp_avg, exp_avg[in_slice + k]);
-            keep(u[k], bits.grad_mean, grad_mean[in_slice + k]);
-            keep(s[k], bits.grad_var, grad_var[in_slice + k]);
-            keep(w[k], bits.weight_sum, weight_sum[in_slice + k]);
             convert(x[k], max_denom[in_slice + k]);  // to nearest: of rounded maxima the largest would stay, and grow
             if constexpr (kStatistics) {
               if (at.whole || at.find(in_packet + k) >= 0) {
