@@ -133,7 +133,7 @@ class SimulatedLauncher(Simulation):
     def step(self, launch):
         dtypes = (launch.param_dtype, launch.grad_dtype, launch.state_dtype)
         entry = step_entry(*dtypes, launch.laprop, launch.statistics != 0)
-        self._run(*entry, constant("step_threads"), launch.chunks, [self._fill(launch)], step_ranges(launch))
+        self._run(*entry, None, launch.chunks, [self._fill(launch)], step_ranges(launch))
 
     def update_norms(self, launch):
         arithmetic, algorithm = "double" if launch.param_dtype == 1 else "float", int(launch.laprop)
@@ -173,8 +173,10 @@ class SimulatedLauncher(Simulation):
         self._run("grad_norm", entry, 1024, 1, arguments, total_ranges(launch))
 
     def _run(self, source, entry, threads, chunks, arguments, ranges):
+        """threads: of a block; None: as many as it may have."""
         parsed, entries = module(source, self.arch)
         parsed = self.replace_module.get(source, parsed)
+        threads = threads or parsed.kernel(entries[entry]).maximum_block[0]
         self.simulate(entry, parsed, entries[entry], chunks, threads, arguments, ranges, racecheck=True)
 
 

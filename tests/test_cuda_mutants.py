@@ -19,7 +19,7 @@ import torch
 from cases import BASE, bits, needs_cpu_kernels
 from ptxsim import Module, PTXError
 from ptxsim.mutate import Mutant, mutants
-from simulated_cuda import SimulatedLauncher, constant, module, needs_compilers, ptx, step_entry
+from simulated_cuda import SimulatedLauncher, module, needs_compilers, ptx, step_entry
 from twins import at_offset
 
 from maxva_kernels import gpu
@@ -231,7 +231,7 @@ class Scenario:
         launcher = SimulatedLauncher(blocks=3, track=True)
         launcher.replace_module, launcher.only, launcher.max_steps = mutant, self.only, 100_000
         if self.one_by_one:
-            launcher.max_lanes = constant("step_threads")
+            launcher.max_lanes = 1
         launcher.step(self.launch)
         for tensor, value in zip(self.memory, self.after, strict=True):
             assert torch.equal(bits(tensor), value)

@@ -108,7 +108,7 @@ def test_bytes_of_an_element(param_dtype, grad_dtype, state_dtype, amsgrad, expe
     if tracking.backend == "triton":
         return
     # The table, besides: of the CUDA kernels this is known to the byte.
-    chunks, threads = 3, constant("step_threads")
+    chunks, threads = 3, launch.stats.block[0]
     assert launch.bytes_of("ld", "chunk_rows") == 4 * chunks * threads
     # Each thread reads a chunk's row, of which a warp is served at once; the last block the addresses of step counts.
     assert launch.bytes_of("ld", "rows") <= constant("step_row_bytes") * chunks * threads + 8 * len(sizes)

@@ -9,7 +9,7 @@ Kernel step_kernel_for(DType param, DType grad, DType state, Algorithm algorithm
     return {};
   }
   const auto select = [&](auto* kept, auto* kept_rounded) {
-    return Kernel{(rounded ? kept_rounded : kept)(grad, algorithm, statistics), kStepThreads};
+    return (rounded ? kept_rounded : kept)(grad, algorithm, statistics);
   };
   switch (param) {
     case DType::kFloat:
@@ -19,7 +19,7 @@ Kernel step_kernel_for(DType param, DType grad, DType state, Algorithm algorithm
     case DType::kBFloat16:
       return select(step_kernel_bfloat16, step_kernel_bfloat16_rounded);
     case DType::kDouble:
-      return rounded ? Kernel{} : Kernel{step_kernel_double(grad, algorithm, statistics), kStepThreads};
+      return rounded ? Kernel{} : step_kernel_double(grad, algorithm, statistics);
   }
   return {};
 }

@@ -25,12 +25,12 @@ Kernel update_total_kernel_for(bool twice);
 Kernel norm_chunks_kernel_for(DType grad, bool twice);
 Kernel norm_total_kernel_for(bool twice);
 
-const void* step_kernel_float(DType grad, Algorithm algorithm, bool statistics);
-const void* step_kernel_double(DType grad, Algorithm algorithm, bool statistics);
-const void* step_kernel_half(DType grad, Algorithm algorithm, bool statistics);
-const void* step_kernel_bfloat16(DType grad, Algorithm algorithm, bool statistics);
-const void* step_kernel_float_rounded(DType grad, Algorithm algorithm, bool statistics);
-const void* step_kernel_half_rounded(DType grad, Algorithm algorithm, bool statistics);
-const void* step_kernel_bfloat16_rounded(DType grad, Algorithm algorithm, bool statistics);
+Kernel step_kernel_float(DType grad, Algorithm algorithm, bool statistics);
+Kernel step_kernel_double(DType grad, Algorithm algorithm, bool statistics);
+Kernel step_kernel_half(DType grad, Algorithm algorithm, bool statistics);
+Kernel step_kernel_bfloat16(DType grad, Algorithm algorithm, bool statistics);
+Kernel step_kernel_float_rounded(DType grad, Algorithm algorithm, bool statistics);
+Kernel step_kernel_half_rounded(DType grad, Algorithm algorithm, bool statistics);
+Kernel step_kernel_bfloat16_rounded(DType grad, Algorithm algorithm, bool statistics);
 
 }  // namespace maxva::cuda

@@ -4,7 +4,7 @@
 // A thread takes kWidth consecutive elements, 16 bytes of the narrowest operand. A tensor may begin anywhere in such a
 // packet (a view of a flat buffer does): its chunks are cut where packets begin, `shift` elements early, and only the
 // packets over its two ends go element by element. That needs all operands to begin at the same place of a packet.
-// Where they don't, the threads of that tensor take elements that are kStepThreads apart: every access is one element
+// Where they don't, the threads of that tensor take elements that are a block apart: every access is one element
 // wide, and those of a warp still lie side by side.
 #pragma once
 

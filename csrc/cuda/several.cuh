@@ -123,7 +123,11 @@ __device__ __forceinline__ Several<float, kCount> flush_subnormal(const Several<
 template <int kCount>
 __device__ __forceinline__ Several<float, kCount> flush_variance(const Several<float, kCount>& x) {
   const auto flushed = flush_subnormal(x);
-  return each<kCount>([&](int k) { return __int_as_float(max(__float_as_int(flushed[k]), 0)); });
+  return each<kCount>([&](int k) {
+    int bits;
+    asm("max.s32 %0, %1, 0;" : "=r"(bits) : "r"(__float_as_int(flushed[k])));
+    return __int_as_float(bits);
+  });
 }
 
 __device__ __forceinline__ float approximate_inverse(float x) {

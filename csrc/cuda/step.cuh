@@ -7,6 +7,7 @@
 
 #include <type_traits>
 
+#include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/packet.cuh"
 #include "cuda/place.cuh"
@@ -18,16 +19,32 @@
 
 namespace maxva::cuda {
 
-// Blocks that must fit a multiprocessor at once, which limits a thread to 80 or 128 registers. Either way its threads
-// have 48 KB and more under way, above what hides the latency of memory at full speed: 6 packets a thread where all
-// operands are equally wide, 8 and more where some are half as wide as others.
+// Note [Blocks]
+// Where an operand has 16 bits a thread takes eight elements in a turn, else four, and blocks have fewer threads:
+// between two chunks a block loads nothing, and the others of its multiprocessor must keep the memory busy. So many
+// blocks must fit at once, which limits a thread to 80, 96 or 128 registers. Their threads have 48 KB and more under
+// way, above what hides the latency of memory at full speed: 6 packets a thread where all operands are equally wide, 8
+// and more where some are half as wide as others. Where all have 16 bits it is instructions that nearly bind on the
+// fastest memory (8.0 to 10.x), and a fifth block fills cycles in which the warps of four all wait for a result.
+template <typename Param, typename Grad, typename State>
+constexpr int kStepThreads = sizeof(Param) == 2 || sizeof(Grad) == 2 || sizeof(State) == 2 ? 128 : 256;
+
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 800 || __CUDA_ARCH__ >= 1200)
+constexpr bool kFastestMemory = false;
+#else
+constexpr bool kFastestMemory = true;
+#endif
+
 template <typename Param, typename Grad, typename State, bool kStatistics>
-constexpr int kStepBlocks = sizeof(Param) == 4 && sizeof(Grad) == 4 && sizeof(State) == 4 && !kStatistics ? 3 : 2;
+constexpr int kStepBlocks = [] {
+  constexpr int kBytes = kStatistics ? 0 : sizeof(Param) + sizeof(Grad) + sizeof(State);
+  return (kBytes == 12 ? 768 : kBytes == 6 && kFastestMemory ? 640 : 512) / kStepThreads<Param, Grad, State>;
+}();
 
 // Adds up the threads' sums pairwise and has one write the record. All threads of the block take part.
-template <typename T>
+template <int kThreads, typename T>
 __device__ __forceinline__ void write_record(const StatisticsSums<T>& own, StatisticsSums<float>* record) {
-  __shared__ T sums[5][kStepThreads];
+  __shared__ T sums[5][kThreads];
   const int thread = threadIdx.x;
   __syncthreads();  // the last chunk's record has been read
   sums[0][thread] = own.adaptive;
@@ -35,7 +52,7 @@ __device__ __forceinline__ void write_record(const StatisticsSums<T>& own, Stati
   sums[2][thread] = own.at_upper;
   sums[3][thread] = own.at_lower;
   sums[4][thread] = own.grad_square;
-  for (int stride = kStepThreads / 2; stride > 0; stride /= 2) {
+  for (int stride = kThreads / 2; stride > 0; stride /= 2) {
     __syncthreads();
     if (thread < stride) {
 #pragma unroll
@@ -72,8 +89,7 @@ struct BiasCorrection {
   }
 };
 
-// What is the same for all elements of a tensor. Threads read most of it where it is, in shared memory: registers are
-// scarce.
+// What is the same for all elements of a tensor. Threads read it where it is, in shared memory: registers are scarce.
 template <typename T>
 struct Common {
   Coefficients<T> coefficients;
@@ -102,11 +118,11 @@ struct Done {
 };
 
 // Whether all w from `begin` to `end` are 1. All threads of the block take part.
-template <typename State>
+template <int kThreads, typename State>
 __device__ __forceinline__ bool is_saturated(const State* weight_sums, int begin, int end) {
   __syncthreads();  // what others of them have just written
   bool every = true;
-  for (int i = begin + threadIdx.x; i < end; i += kStepThreads) {
+  for (int i = begin + threadIdx.x; i < end; i += kThreads) {
     every = every && is_one(*in_global_memory(weight_sums + i));
   }
   return __syncthreads_and(every);
@@ -116,6 +132,7 @@ __device__ __forceinline__ bool is_saturated(const State* weight_sums, int begin
 template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, typename State, bool kStatistics>
 __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* grad, int64_t chunk,
                                               const Common<T>& common, const Modes modes) {
+  constexpr int kThreads = kStepThreads<Param, Grad, State>;
   constexpr bool kRounds = !std::is_same_v<State, T>;
   constexpr bool kMayHaveMaster = std::is_same_v<Param, BFloat16>;
   constexpr bool kNarrowState = sizeof(State) <= sizeof(Param) && sizeof(State) <= sizeof(Grad);
@@ -125,7 +142,7 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   constexpr int kSlice = kPerPacket<State>;  // as many at a time need their state in registers
   // So many are updated side by side: as many as there are registers for, and in float64 there is no short chain.
   constexpr int kLanes = std::is_same_v<T, double> ? 1 : 4;
-  static_assert(kStepChunk % (kWidth * kStepThreads) == 0);
+  static_assert(kStepChunk % (kWidth * kThreads) == 0);
 
   // 1. Where this chunk begins and ends, and whether packets can be used.
   const void* const narrow = kNarrowState ? row.exp_avg : kNarrowParam ? row.param : static_cast<const void*>(grad);
@@ -150,15 +167,16 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   int16_t* const rests = uniform(row.master + start);
   const bool has_master = kMayHaveMaster && row.master != nullptr;
   const bool known_saturated = is_stamped(common.stamp, common.step, shift);
-  const RoundingKey key = common.key;
 
   Place at;
   at.begin = chunk == 0 ? shift : 0;
   at.end = is_last ? int(row.numel - start) : int(kStepChunk);
-  at.spacing = packets ? 1 : kStepThreads;
+  at.spacing = packets ? 1 : kThreads;
   StatisticsSums<T> sums{};
   const auto coefficients = broadcast<Several<T, kLanes>>(common.coefficients);
-  for (at.first = threadIdx.x * (packets ? kWidth : 1); at.first < at.end; at.first += kStepThreads * kWidth) {
+  const RoundingKey key{0, common.key.high};
+  const uint32_t place = static_cast<uint32_t>(start) + common.key.low;  // which is added to all places
+  for (at.first = threadIdx.x * (packets ? kWidth : 1); at.first < at.end; at.first += kThreads * kWidth) {
     at.whole = packets && at.first >= at.begin && at.first + kWidth <= at.end;
 
     Param param[kWidth];
@@ -205,7 +223,7 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
           const auto to = update<kAlgorithm>(p, g, m, u, s, w, x, coefficients, of_slice);
           const auto random = [&](int k) {
             const int i = at.first + (in_packet + k) * at.spacing;
-            return random_bits(key, static_cast<uint32_t>(start) + static_cast<uint32_t>(i));
+            return random_bits(key, place + static_cast<uint32_t>(i));
           };
           const auto results = p - to.change;
           const auto close = [&](const auto may_be_nan) {
@@ -262,7 +280,7 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
   sums.count = at.end - at.begin;
 
   // 5. Can the next step leave w alone?
-  const bool saturated = known_saturated || (common.searches && is_saturated(weight_sums, at.begin, at.end));
+  const bool saturated = known_saturated || (common.searches && is_saturated<kThreads>(weight_sums, at.begin, at.end));
   return {sums, saturated ? saturation_stamp(common.step + 1, shift) : 0};
 }
 
@@ -285,7 +303,7 @@ __device__ Coefficients<T> read_coefficients(const StepLaunch<T>& launch, const 
 }
 
 // The last block to get here advances the step counts, when no other will read them any more.
-template <typename T>
+template <int kThreads, typename T>
 __device__ void advance_steps(const StepLaunch<T>& launch) {
   __shared__ bool is_last;
   if (threadIdx.x == 0) {
@@ -296,9 +314,26 @@ __device__ void advance_steps(const StepLaunch<T>& launch) {
   if (!is_last) {
     return;
   }
-  for (int tensor = threadIdx.x; tensor < launch.tensors; tensor += kStepThreads) {
-    if (launch.grads[tensor] != nullptr) {
-      ++*in_global_memory(launch.rows[tensor].step);
+  // Several at a time: a count is two reads away, one behind the other, and no other block hides that any more.
+  constexpr int kAtOnce = 8;
+  for (int first = threadIdx.x; first < launch.tensors; first += kAtOnce * kThreads) {
+    int64_t* steps[kAtOnce];
+    int64_t counts[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int tensor = first + k * kThreads;
+      const bool counts_on = tensor < launch.tensors && launch.grads[tensor] != nullptr;
+      steps[k] = counts_on ? launch.rows[tensor].step : nullptr;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      counts[k] = steps[k] != nullptr ? *in_global_memory(steps[k]) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      if (steps[k] != nullptr) {
+        *in_global_memory(steps[k]) = counts[k] + 1;
+      }
     }
   }
   if (threadIdx.x == 0) {
@@ -309,7 +344,7 @@ __device__ void advance_steps(const StepLaunch<T>& launch) {
 // Statistics are a template parameter because those who take none should not pay for their registers. With them all
 // chunks are added up, which costs no time in a kernel that waits for memory, and those of the sample written.
 template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, typename State, bool kStatistics>
-__global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State, kStatistics>)
+__global__ void __launch_bounds__(kStepThreads<Param, Grad, State>, kStepBlocks<Param, Grad, State, kStatistics>)
     step_kernel(const __grid_constant__ StepLaunch<T> launch) {
   // 1. Gradients that overflowed: neither parameters, nor state, nor step counts move. Devices add up their flags.
   if (launch.found_inf != nullptr && *launch.found_inf != T(0)) {
@@ -346,7 +381,7 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State, 
     const Done<T> done = step_chunk<kAlgorithm, T, Param, Grad, State, kStatistics>(row, grad, index, common, modes);
     if constexpr (kStatistics) {
       if (is_sampled(index)) {
-        write_record(done.sums, launch.statistics + chunk);
+        write_record<kStepThreads<Param, Grad, State>>(done.sums, launch.statistics + chunk);
       }
     }
     __syncthreads();  // from here on the chunk's common is no longer read
@@ -355,22 +390,23 @@ __global__ void __launch_bounds__(kStepThreads, kStepBlocks<Param, Grad, State, 
     }
   }
   // 3. Count the step.
-  advance_steps(launch);
+  advance_steps<kStepThreads<Param, Grad, State>>(launch);
 }
 
 // The kernel of a parameter's and a state's dtype: each line fixes one thing more.
 template <Algorithm kAlgorithm, typename T, typename Param, typename Grad, typename State>
-const void* select_statistics(bool statistics) {
-  return statistics ? reinterpret_cast<const void*>(&step_kernel<kAlgorithm, T, Param, Grad, State, true>)
-                    : reinterpret_cast<const void*>(&step_kernel<kAlgorithm, T, Param, Grad, State, false>);
+Kernel select_statistics(bool statistics) {
+  return {statistics ? reinterpret_cast<const void*>(&step_kernel<kAlgorithm, T, Param, Grad, State, true>)
+                     : reinterpret_cast<const void*>(&step_kernel<kAlgorithm, T, Param, Grad, State, false>),
+          kStepThreads<Param, Grad, State>};
 }
 template <typename T, typename Param, typename Grad, typename State>
-const void* select_algorithm(Algorithm algorithm, bool statistics) {
+Kernel select_algorithm(Algorithm algorithm, bool statistics) {
   return algorithm == Algorithm::kMAdam ? select_statistics<Algorithm::kMAdam, T, Param, Grad, State>(statistics)
                                         : select_statistics<Algorithm::kLaMAdam, T, Param, Grad, State>(statistics);
 }
 template <typename Param, typename State>
-const void* select_grad(DType grad, Algorithm algorithm, bool statistics) {
+Kernel select_grad(DType grad, Algorithm algorithm, bool statistics) {
   switch (grad) {
     case DType::kFloat:
       return select_algorithm<float, Param, float, State>(algorithm, statistics);
@@ -381,7 +417,7 @@ const void* select_grad(DType grad, Algorithm algorithm, bool statistics) {
     case DType::kDouble:
       break;
   }
-  return nullptr;
+  return {};
 }
 
 }  // namespace maxva::cuda

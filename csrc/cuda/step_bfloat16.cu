@@ -4,7 +4,7 @@
 
 namespace maxva::cuda {
 
-const void* step_kernel_bfloat16(DType grad, Algorithm algorithm, bool statistics) {
+Kernel step_kernel_bfloat16(DType grad, Algorithm algorithm, bool statistics) {
   return select_grad<BFloat16, float>(grad, algorithm, statistics);
 }
 

@@ -4,8 +4,8 @@
 
 namespace maxva::cuda {
 
-const void* step_kernel_double(DType grad, Algorithm algorithm, bool statistics) {
-  return grad == DType::kDouble ? select_algorithm<double, double, double, double>(algorithm, statistics) : nullptr;
+Kernel step_kernel_double(DType grad, Algorithm algorithm, bool statistics) {
+  return grad == DType::kDouble ? select_algorithm<double, double, double, double>(algorithm, statistics) : Kernel{};
 }
 
 }  // namespace maxva::cuda

@@ -4,7 +4,7 @@
 
 namespace maxva::cuda {
 
-const void* step_kernel_float_rounded(DType grad, Algorithm algorithm, bool statistics) {
+Kernel step_kernel_float_rounded(DType grad, Algorithm algorithm, bool statistics) {
   return select_grad<float, BFloat16>(grad, algorithm, statistics);
 }
 

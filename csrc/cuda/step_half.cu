@@ -4,7 +4,7 @@
 
 namespace maxva::cuda {
 
-const void* step_kernel_half(DType grad, Algorithm algorithm, bool statistics) {
+Kernel step_kernel_half(DType grad, Algorithm algorithm, bool statistics) {
   return select_grad<Half, float>(grad, algorithm, statistics);
 }
 
