@@ -453,6 +453,13 @@ def test_pairs_that_do_not_fit(dtype, state_dtype, words):
     assert len(optimizer.param_groups) == 1
 
 
+def test_another_optimizer_is_named():
+    """Guards against a KeyError, where the optimizer that is to load a converted state is not ours."""
+    state_dict = run(MAdam(make_params((2,))), 0, 1).state_dict()
+    with pytest.raises(TypeError, match="must be the MAdam or LaMAdam that is to load it, got AdamW"):
+        to_state_dtype(state_dict, torch.optim.AdamW(make_params((2,))))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_mixed_state_is_named(backend):
     """Guards against reading a moment in the dtype of another, and rounding without a key."""

@@ -22,12 +22,16 @@ def to_state_dtype(state_dict: dict[str, Any], dtype: torch.dtype | Optimizer | 
             load it, for what it keeps of each parameter: so float64 becomes another dtype, and groups may differ.
 
     Raises:
+        TypeError: the optimizer is not ours.
         ValueError: the dtype is another, the state is float64, the optimizer's groups have other sizes, or the state is
             not ours.
     """
     groups = state_dict["param_groups"]
     kept: dict[Any, torch.dtype] = {}  # by a parameter's index
     if isinstance(dtype, Optimizer):
+        if any("state_dtype" not in own for own in dtype.param_groups):  # not by class: it may be a wrapper of ours
+            kind = type(dtype).__name__
+            raise TypeError(f"the optimizer must be the MAdam or LaMAdam that is to load it, got {kind}")
         check_sizes(dtype, groups)
         names = [state_dtype_name(own["state_dtype"]) for own in dtype.param_groups]
         indices = chain.from_iterable(group["params"] for group in groups)
