@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from simulated_cuda import CSRC, NVCC_FLAGS
 
 
 @functools.cache
@@ -30,6 +31,17 @@ def cuobjdump() -> str | None:
 needs_cuobjdump = pytest.mark.skipif(cuobjdump() is None, reason="cuobjdump is not installed")
 
 
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction, as cuobjdump prints it."""
+
+    opcode: str
+    text: str  # predicate and operands too
+    control: int  # what tells the scheduler when it may be issued, the upper half of its encoding
+    target: int | None  # the index that it may branch to,
+    conditional: bool  # and whether it may not
+
+
 @dataclass
 class Code:
     """One kernel's machine code."""
@@ -37,9 +49,11 @@ class Code:
     name: str
     registers: int
     stack: int
-    opcodes: list[str]
-    targets: list[int | None]  # for each instruction the index that it may branch to,
-    conditional: list[bool]  # and whether it may not
+    instructions: list[Instruction]
+
+    @functools.cached_property
+    def opcodes(self) -> list[str]:
+        return [each.opcode for each in self.instructions]
 
     def count(self, *patterns: str) -> int:
         return sum(bool(re.match(pattern, opcode)) for opcode in self.opcodes for pattern in patterns)
@@ -50,28 +64,30 @@ class Code:
         arithmetic = (r"D(ADD|MUL|FMA|SETP|MNMX)", r"MUFU.*64H")
         return self.count(*arithmetic, r"F2F\.F(32\.F64|64\.F32)", r"I2F\.F64", r"F2I.*F64")
 
-    def turn(self) -> tuple[int, int]:
-        """The fewest and the most instructions of a turn of the step's loop, over all ways through it that touch whole
-        packets only and nothing that is for the rare operands of divisions and roots, or for state that is a NaN.
+    def turns(self, *features: str, longest: bool = False) -> dict[tuple[int, ...], list[Instruction]]:
+        """The shortest (or longest) turns of the step's loop, over all ways through it that touch whole packets only
+        and nothing that is for the rare operands of divisions and roots, or for state that is a NaN: one for each count
+        of instructions in whose text the features, regular expressions, are found.
 
-        Those are known by what the compiler puts beside its own divisions and roots: a check, or a call; and state that
-        may be a NaN by the comparisons with itself, of at least two numbers in four lanes.
+        Rare operands are known by what the compiler puts beside its own divisions and roots: a check, or a call; and
+        state that may be a NaN by the comparisons with itself, of at least two numbers in four lanes.
         """
-        ends = {i + 1 for i, opcode in enumerate(self.opcodes) if self.targets[i] is not None or opcode == "EXIT"}
-        bounds = sorted(ends | {to for to in self.targets if to is not None} | {0, len(self.opcodes)})
+        code, opcodes = self.instructions, self.opcodes
+        ends = {i + 1 for i, each in enumerate(code) if each.target is not None or each.opcode == "EXIT"}
+        bounds = sorted(ends | {each.target for each in code if each.target is not None} | {0, len(code)})
         block_end = dict(itertools.pairwise(bounds))
-        wide = [i for i, opcode in enumerate(self.opcodes) if re.match(r"(LDG|STG).*\.128", opcode)]
+        wide = [i for i, opcode in enumerate(opcodes) if re.match(r"(LDG|STG).*\.128", opcode)]
         back = next(
-            i for i, to in enumerate(self.targets) if to is not None and i > wide[-1] and to <= wide[0]
+            i for i, each in enumerate(code) if each.target is not None and i > wide[-1] and each.target <= wide[0]
         )  # the branch at the loop's end
 
         def ops(begin: int) -> list[str]:
-            return self.opcodes[begin : block_end.get(begin, begin)]
+            return opcodes[begin : block_end.get(begin, begin)]
 
         def after(begin: int) -> list[int]:
             last = block_end[begin] - 1
-            to = self.targets[last]
-            return [last + 1, *([] if to is None else [to])] if to is None or self.conditional[last] else [to]
+            to = code[last].target
+            return [last + 1, *([] if to is None else [to])] if to is None or code[last].conditional else [to]
 
         def is_left_out(begin: int) -> bool:
             its = ops(begin)
@@ -81,25 +97,34 @@ class Code:
             asks_for_nan = sum(op.startswith("FSETP.NAN") for op in its) >= 8
             return narrow or called or asks_for_nan or any(op.startswith(("FCHK", "CALL", "EXIT")) for op in its)
 
-        known: dict[int, tuple[int, int] | None] = {}
+        known: dict[int, dict[tuple[int, ...], list[Instruction]]] = {}
 
-        def rest(begin: int) -> tuple[int, int] | None:
+        def rest(begin: int) -> dict[tuple[int, ...], list[Instruction]]:
             if begin not in known:
-                known[begin] = None  # while it is looked for: who comes here again has gone in a circle
-                count = block_end[begin] - begin
+                known[begin] = {}  # while it is looked for: who comes here again has gone in a circle
+                its = code[begin : block_end[begin]]
+                found = tuple(sum(bool(re.search(feature, each.text)) for each in its) for feature in features)
+                best = {}
                 if block_end[begin] - 1 == back:  # where before compute capability 9.0 the loop is left by a call
-                    known[begin] = count, count
+                    best[found] = its
                 elif not is_left_out(begin):
-                    ways = [way for way in map(rest, after(begin)) if way is not None]
-                    if ways:
-                        known[begin] = count + min(way[0] for way in ways), count + max(way[1] for way in ways)
+                    for way in map(rest, after(begin)):
+                        for others, following in way.items():
+                            counts = tuple(map(sum, zip(found, others, strict=True)))
+                            turn = its + following
+                            if counts not in best or (len(turn) > len(best[counts])) == longest:
+                                best[counts] = turn
+                known[begin] = best
             return known[begin]
 
-        start = self.targets[back]
+        start = code[back].target
         assert start is not None
-        found = rest(start)
-        assert found is not None
-        return found
+        return rest(start)
+
+    def turn(self) -> tuple[int, int]:
+        """The fewest and the most instructions of a turn, see `turns`."""
+        (fewest,), (most,) = self.turns().values(), self.turns(longest=True).values()
+        return len(fewest), len(most)
 
     @property
     def uses_local_memory(self) -> bool:
@@ -120,13 +145,26 @@ def read(cubin: Path) -> list[Code]:
     codes = []
     for part in run(program, "-sass", str(cubin)).split("Function : ")[1:]:
         name, _, body = part.partition("\n")
-        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)([^;]*);", body)
+        pattern = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)([^;]*);\s+/\* 0x\w+ \*/\s+/\* (0x\w+) \*/"
+        lines = re.findall(pattern, body)
         place = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
-        targets: list[int | None] = []
-        conditional = []
-        for _, predicate, opcode, operands in lines:
+        instructions = []
+        for _, predicate, opcode, operands, control in lines:
             branch = re.search(r"(0x[0-9a-f]+)\s*$", operands) if opcode.startswith("BRA") else None
-            targets.append(place[int(branch[1], 16)] if branch else None)
-            conditional.append(bool(predicate) or "," in operands or opcode != "BRA")  # BRA.DIV: where threads diverge
-        codes.append(Code(name.strip(), *used[name.strip()], [line[2] for line in lines], targets, conditional))
+            target = place[int(branch[1], 16)] if branch else None
+            conditional = bool(predicate) or "," in operands or opcode != "BRA"  # BRA.DIV: where threads diverge
+            text = f"{predicate}{opcode}{operands}"
+            instructions.append(Instruction(opcode, text, int(control, 16), target, conditional))
+        codes.append(Code(name.strip(), *used[name.strip()], instructions))
+    return codes
+
+
+def compile_kernels(source: str, arch: str, folder: Path) -> list[Code]:
+    """The kernels of csrc/cuda/{source}.cu, under names like "step_kernel<0, float, float, BFloat16, float, false>"."""
+    cubin = folder / f"{source}.{arch}.cubin"
+    run("nvcc", *NVCC_FLAGS, f"-arch={arch}", "-cubin", str(CSRC / "cuda" / f"{source}.cu"), "-o", str(cubin))
+    codes = read(cubin)
+    for code, plain in zip(codes, run("c++filt", *(code.name for code in codes)).splitlines(), strict=True):
+        plain = plain.replace("(maxva::Algorithm)", "").replace("maxva::", "")
+        code.name = re.sub(r"^void cuda::|(?<=>)\(.*$", "", plain)
     return codes

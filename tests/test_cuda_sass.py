@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
-from sass import Code, needs_cuobjdump, read, run
-from simulated_cuda import CSRC, NVCC_FLAGS, needs_nvcc
+from sass import compile_kernels, needs_cuobjdump
+from simulated_cuda import needs_nvcc
 
 # What is compiled for which architecture: all for these, but of the kernels that round their state, which take long,
 # those of two parameter dtypes (float16 differs from bfloat16 in a conversion).
@@ -40,24 +39,13 @@ INSTRUCTIONS = {
 pytestmark = [needs_nvcc, needs_cuobjdump]
 
 
-def _compile(source: str, arch: str, folder: Path) -> list[Code]:
-    """The kernels of csrc/cuda/{source}.cu, under names like "step_kernel<0, float, float, BFloat16, float, false>"."""
-    cubin = folder / f"{source}.{arch}.cubin"
-    run("nvcc", *NVCC_FLAGS, f"-arch={arch}", "-cubin", str(CSRC / "cuda" / f"{source}.cu"), "-o", str(cubin))
-    codes = read(cubin)
-    for code, plain in zip(codes, run("c++filt", *(code.name for code in codes)).splitlines(), strict=True):
-        plain = plain.replace("(maxva::Algorithm)", "").replace("maxva::", "")
-        code.name = re.sub(r"^void cuda::|(?<=>)\(.*$", "", plain)
-    return codes
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """(architecture, kernel) for all kernels."""
     folder = tmp_path_factory.mktemp("sass")
     jobs = [(source, arch) for arch, sources in BUILDS.items() for source in sources]
     with ThreadPoolExecutor(2) as pool:
-        codes = pool.map(lambda job: [(job[1], code) for code in _compile(*job, folder)], jobs)
+        codes = pool.map(lambda job: [(job[1], code) for code in compile_kernels(*job, folder)], jobs)
         return [pair for some in codes for pair in some]
 
 

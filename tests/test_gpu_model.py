@@ -1,0 +1,56 @@
+"""bench/gpu_model.py: the model on turns whose length is known, and its reading of our own kernels."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from sass import compile_kernels, needs_cuobjdump
+from simulated_cuda import needs_nvcc
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+
+import gpu_model
+from gpu_model import LATENCY, Issue, cycles_of_a_turn
+
+FLOAT, INTEGER = Issue("float", 1), Issue("integer", 2)
+LOAD = Issue("access", 4, opens_done=0, moved=512)
+USE = Issue("float", 1, waits=(0,))
+
+
+@pytest.mark.parametrize(
+    ("turn", "warps", "expected"),
+    [
+        ([FLOAT] * 100, 1, 100),
+        ([FLOAT] * 100, 4, 100),
+        ([INTEGER] * 100, 4, 200),  # the unit takes one in two cycles
+        ([INTEGER, FLOAT] * 100, 4, 200),  # side by side
+        ([Issue("float", 1, stall=4)] * 100, 1, 400),  # one warp waits for itself
+        ([Issue("float", 1, stall=4)] * 100, 4, 100),  # four do not
+        ([LOAD, USE], 1, LATENCY + 128 + 1),  # a warp alone waits for memory
+        ([LOAD, USE], 8, 128),  # eight keep it busy, at 4 bytes a cycle
+    ],
+)
+def test_turns_of_known_length(turn, warps, expected):
+    """Guards the model's parts: units, stall counts, barriers, and memory's rate and latency."""
+    assert cycles_of_a_turn(turn, warps, bytes_per_cycle=4.0) == pytest.approx(expected, rel=0.02)
+
+
+@needs_nvcc
+@needs_cuobjdump
+def test_our_kernels(tmp_path):
+    """Guards the table: another way through the loop, or one that makes other accesses than its bytes need."""
+    kernels = compile_kernels("step_float", gpu_model.ARCH, tmp_path)
+    lines = [line for line in gpu_model.LINES if line.source == "step_float" and line.grad == "float"]
+    assert [line.bytes for line in lines] == [44, 36]
+    rows = [gpu_model.row(line, kernels) for line in lines]
+    instructions = [int(row[2]) for row in rows]
+    assert 100 < instructions[0] < 125
+    assert instructions[1] < instructions[0] - 20
+    for row in rows:
+        assert int(row[3]) < 0.5 * int(row[2])
+        assert row[5] == row[7] == "1.00"  # float32 waits for memory alone
+    turn = gpu_model.turn_of(lines[0], kernels)
+    assert not [each.opcode for each in turn if re.match(r"(LDG|STG)(?!.*128)", each.opcode)]
