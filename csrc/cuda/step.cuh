@@ -236,7 +236,7 @@ __device__ __forceinline__ Done<T> step_chunk(const StepRow& row, const Grad* gr
               keep(w, may_be_nan, [&](int k) { return random(k).weight_sum; }, weight_sum + in_slice);
             }
           };
-          if constexpr (kRounds) {
+          if constexpr (kRounds) {  // a NaN in a moment is one in the parameter, see Update
             with_constant(may_have_nan(results), close);
           } else {
             close(std::true_type{});
