@@ -46,6 +46,17 @@ def flush_subnormal(x):
 
 
 @triton.jit
+def bounded(x, least, most):
+    """x between bounds; a NaN is the first. In float32 by an instruction each; float64 has none, and what stands for
+    them takes more registers."""
+    if x.dtype == tl.float64:
+        x = tl.where(x > least, x, least)
+        return tl.where(x < most, x, most)
+    else:
+        return tl.minimum(tl.maximum(x, least), most)
+
+
+@triton.jit
 def bias_correction(alpha_bits, step, T: tl.constexpr):
     """1 - alpha^step, alpha as a 64-bit binary fraction."""
     base = alpha_bits.to(tl.uint64)
@@ -79,8 +90,7 @@ def update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, s
     d = g - u
     r = d * d
     rise = r - s if SATURATED else (r - s) * w
-    b = divide(rise, (r + s) + rise)  # 1 - beta; a NaN (r = s = 0) takes the bound that is compared first
-    b = tl.minimum(tl.maximum(b, one_minus_upper), one_minus_lower)
+    b = bounded(divide(rise, (r + s) + rise), one_minus_upper, one_minus_lower)  # 1 - beta; a NaN where r = s = 0
     q = b
     if not SATURATED:
         b = tl.where(w == 0.0, first_weight, b)
