@@ -35,6 +35,7 @@ ARCH = "sm_90"
 LATENCY = 650  # cycles that memory takes when nobody else asks
 BRANCH = 8  # and a branch, whatever its stall count
 WARP = 32
+REGISTERS = 65536  # of a multiprocessor
 FACTOR = f"-{2**32 - 0x85EBCA77:#x}"  # of the parameter's random number (csrc/rounding.h), as it is printed
 
 
@@ -56,13 +57,12 @@ MACHINES = (Machine("H100", 3.0e12), Machine("H200", 4.25e12))
 
 
 class Line(NamedTuple):
-    """A kernel and where it is looked at: types of parameter, gradient and state, and the warps of a scheduler."""
+    """A kernel and where it is looked at: types of parameter, gradient and state, and whether w is 1."""
 
     source: str
     param: str
     grad: str
     state: str
-    warps: int
     saturated: bool
 
     @property
@@ -77,15 +77,14 @@ class Line(NamedTuple):
         return 4 if {self.param, self.grad, self.state} == {"float"} else 8
 
 
-# csrc/cuda/step.cuh, Note [Blocks], has the warps.
 LINES = [
     Line(*kernel, saturated)
     for kernel in (
-        ("step_float", "float", "float", "float", 6),
-        ("step_float", "float", "BFloat16", "float", 4),
-        ("step_bfloat16", "BFloat16", "BFloat16", "float", 4),
-        ("step_float_rounded", "float", "float", "BFloat16", 4),
-        ("step_bfloat16_rounded", "BFloat16", "BFloat16", "BFloat16", 5),
+        ("step_float", "float", "float", "float"),
+        ("step_float", "float", "BFloat16", "float"),
+        ("step_bfloat16", "BFloat16", "BFloat16", "float"),
+        ("step_float_rounded", "float", "float", "BFloat16"),
+        ("step_bfloat16_rounded", "BFloat16", "BFloat16", "BFloat16"),
     )
     for saturated in (False, True)
 ]
@@ -187,11 +186,24 @@ def _issue(each: Any, moves: bool) -> Issue:
     )
 
 
-def turn_of(line: Line, kernels: Sequence[Any]) -> list[Any]:
-    """The instructions of a turn. Where w is 1 an element has a division and a root less, of three and two; bfloat16
-    parameters are rounded stochastically, which multiplies a random number once more."""
+def kernel_of(line: Line, kernels: Sequence[Any]) -> Any:
+    """The machine code (tests/sass.py) of MAdam's step without statistics."""
     name = f"step_kernel<0, float, {line.param}, {line.grad}, {line.state}, false>"
     (code,) = (code for code in kernels if code.name == name)
+    return code
+
+
+def warps_of(line: Line, code: Any) -> int:
+    """How many warps a scheduler holds: of blocks whose turn is 1,024 elements (csrc/cuda/step.cuh, Note [Blocks]) as
+    many as there are registers for, which a thread gets in eights."""
+    threads = 1024 // line.elements
+    blocks = REGISTERS // (-(-code.registers // 8) * 8 * threads)
+    return blocks * threads // WARP // 4
+
+
+def turn_of(line: Line, code: Any) -> list[Any]:
+    """The instructions of a turn. Where w is 1 an element has a division and a root less, of three and two; bfloat16
+    parameters are rounded stochastically, which multiplies a random number once more."""
     approximations = (3 if line.saturated else 5) * line.elements
     rounded = line.elements if line.param == "BFloat16" else 0
     turn: list[Any] = code.turns("MUFU", FACTOR)[approximations, rounded]
@@ -210,14 +222,15 @@ def compiled() -> dict[str, list[Any]]:
 
 def row(line: Line, kernels: Sequence[Any]) -> list[str]:
     """A line of the table."""
-    turn = turn_of(line, kernels)
+    code = kernel_of(line, kernels)
+    turn, warps = turn_of(line, code), warps_of(line, code)
     moved = line.bytes * line.elements * WARP  # by a warp in a turn
     integer = sum(bool(re.match(INTEGER, each.opcode)) for each in turn)
     cells = [f"{line.param}, {line.grad}, {line.state}" + ", w at 1" * line.saturated, str(line.bytes)]
     cells += [f"{len(turn) / line.elements:.0f}", f"{integer / line.elements:.0f}"]
     for machine in MACHINES:
         floor = moved / machine.bytes_per_cycle
-        cycles = cycles_of_a_turn(issues(turn, moved // (16 * WARP)), line.warps, machine.bytes_per_cycle)
+        cycles = cycles_of_a_turn(issues(turn, moved // (16 * WARP)), warps, machine.bytes_per_cycle)
         cells += [f"{floor / line.elements:.0f}", f"{min(1, floor / cycles):.2f}"]
     return cells
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from ptxsim import Module
-from simulated import SIZES, Simulation, install_launcher, norm_ranges, step_ranges, total_ranges
+from simulated import Simulation, install_launcher, norm_ranges, step_ranges, total_ranges
 
 from maxva_kernels.backends import cuda
 
@@ -133,14 +133,14 @@ class SimulatedLauncher(Simulation):
     def step(self, launch):
         dtypes = (launch.param_dtype, launch.grad_dtype, launch.state_dtype)
         entry = step_entry(*dtypes, launch.laprop, launch.statistics != 0)
-        self._run(*entry, None, launch.chunks, [self._fill(launch)], step_ranges(launch))
+        self._run(*entry, launch.chunks, [self._fill(launch)], step_ranges(launch))
 
     def update_norms(self, launch):
         arithmetic, algorithm = "double" if launch.param_dtype == 1 else "float", int(launch.laprop)
         entry = f"update_chunks_kernel<(maxva::Algorithm){algorithm}, {arithmetic}>"
         given = launch.chunks, [self._fill(launch)], step_ranges(launch)
-        self._run("update_norm", entry, constant("update_threads"), *given)
-        self._run("update_norm", f"update_total_kernel<{arithmetic}>", constant("update_total_threads"), *given)
+        self._run("update_norm", entry, *given)
+        self._run("update_norm", f"update_total_kernel<{arithmetic}>", *given)
 
     def _fill(self, launch):
         tensors, group_count = len(launch.grads) // 8, len(launch.groups) // constant("packed_group_bytes")
@@ -162,21 +162,20 @@ class SimulatedLauncher(Simulation):
         given = NormInput(launch.rows, launch.chunk_rows, launch.chunks, launch.sums, launch.grads, tensors)
         filled = _stack_memory(constant("norm_launch_bytes"))
         bridge().fill_norm(filled, ctypes.c_bool(launch.double), ctypes.byref(given))
-        threads = constant("norm_lanes") * SIZES[launch.grad_dtype] // 16
         entry = f"norm_chunks_kernel<{'double' if launch.double else 'float'}, {TYPE_NAMES[launch.grad_dtype]}>"
         ranges = norm_ranges(launch, self.NORM_CHUNK)
-        self._run("grad_norm", entry, threads, launch.chunks, [filled.raw], ranges)
+        self._run("grad_norm", entry, launch.chunks, [filled.raw], ranges)
 
     def norm_total(self, launch):
         entry = f"norm_total_kernel<{'double' if launch.double else 'float'}>"
         arguments = [launch.sums, launch.chunks, launch.norm]
-        self._run("grad_norm", entry, 1024, 1, arguments, total_ranges(launch))
+        self._run("grad_norm", entry, 1, arguments, total_ranges(launch))
 
-    def _run(self, source, entry, threads, chunks, arguments, ranges):
-        """threads: of a block; None: as many as it may have."""
+    def _run(self, source, entry, chunks, arguments, ranges):
+        """A block has as many threads as it may have: kernels are compiled for the number that launches give them."""
         parsed, entries = module(source, self.arch)
         parsed = self.replace_module.get(source, parsed)
-        threads = threads or parsed.kernel(entries[entry]).maximum_block[0]
+        threads = parsed.kernel(entries[entry]).maximum_block[0]
         self.simulate(entry, parsed, entries[entry], chunks, threads, arguments, ranges, racecheck=True)
 
 

@@ -8,8 +8,7 @@ using namespace maxva::cuda;
 extern "C" {
 
 extern const int64_t max_tensors = kMaxTensors, max_groups = kMaxGroups, step_chunk = kStepChunk,
-                     update_threads = kUpdateThreads, update_total_threads = kUpdateTotalThreads,
-                     norm_chunk = kNormChunk, norm_lanes = kNormLanes, packed_group_bytes = sizeof(PackedGroup),
+                     norm_chunk = kNormChunk, packed_group_bytes = sizeof(PackedGroup),
                      step_row_bytes = sizeof(StepRow), norm_row_bytes = sizeof(NormRow),
                      step_launch_bytes = sizeof(StepLaunch<float>),
                      step_launch_double_bytes = sizeof(StepLaunch<double>),

@@ -52,5 +52,7 @@ def test_our_kernels(tmp_path):
     for row in rows:
         assert int(row[3]) < 0.5 * int(row[2])
         assert row[5] == row[7] == "1.00"  # float32 waits for memory alone
-    turn = gpu_model.turn_of(lines[0], kernels)
+    code = gpu_model.kernel_of(lines[0], kernels)
+    assert gpu_model.warps_of(lines[0], code) == 6  # three blocks of 256 threads
+    turn = gpu_model.turn_of(lines[0], code)
     assert not [each.opcode for each in turn if re.match(r"(LDG|STG)(?!.*128)", each.opcode)]
