@@ -64,13 +64,17 @@ class Code:
         arithmetic = (r"D(ADD|MUL|FMA|SETP|MNMX)", r"MUFU.*64H")
         return self.count(*arithmetic, r"F2F\.F(32\.F64|64\.F32)", r"I2F\.F64", r"F2I.*F64")
 
-    def turns(self, *features: str, longest: bool = False) -> dict[tuple[int, ...], list[Instruction]]:
+    def turns(
+        self, *features: str, longest: bool = False, zeros: bool = False
+    ) -> dict[tuple[int, ...], list[Instruction]]:
         """The shortest (or longest) turns of the step's loop, over all ways through it that touch whole packets only
-        and nothing that is for the rare operands of divisions and roots, or for state that is a NaN: one for each count
-        of instructions in whose text the features, regular expressions, are found.
+        and nothing that is for the rare operands of divisions and roots, unless `zeros` lets zeros be among them, or
+        for state that is a NaN: one for each count of instructions in whose text the features, regular expressions, are
+        found.
 
-        Rare operands are known by what the compiler puts beside its own divisions and roots: a check, or a call; and
-        state that may be a NaN by the comparisons with itself, of at least two numbers in four lanes.
+        Rare operands are known by what the compiler puts beside its own divisions and roots: a check, or a call; zeros
+        by a branch on a comparison with 0; and state that may be a NaN by the comparisons with itself, of at least two
+        numbers in four lanes.
         """
         code, opcodes = self.instructions, self.opcodes
         ends = {i + 1 for i, each in enumerate(code) if each.target is not None or each.opcode == "EXIT"}
@@ -89,13 +93,20 @@ class Code:
             to = code[last].target
             return [last + 1, *([] if to is None else [to])] if to is None or code[last].conditional else [to]
 
+        def asks_for_zero(begin: int) -> bool:
+            *before, last = code[begin : block_end[begin]]
+            predicate = re.search(r"P\d", last.text) if last.target is not None and last.conditional else None
+            sets = [each.text for each in before if predicate and re.search(rf"[A-Z]\S* {predicate[0]},", each.text)]
+            return bool(sets) and re.search(r"FSETP\.(NEU|EQ)\S* P\d, PT, \S+, RZ,", sets[-1]) is not None
+
         def is_left_out(begin: int) -> bool:
             its = ops(begin)
             narrow = any(re.match(r"(LDG|STG)(?!.*\.128)", op) for op in its)
             of_root = sum(op.startswith("MUFU.RSQ") for op in its) == 1
             called = of_root and any(op.startswith("CALL") for following in after(begin) for op in ops(following))
             asks_for_nan = sum(op.startswith("FSETP.NAN") for op in its) >= 8
-            return narrow or called or asks_for_nan or any(op.startswith(("FCHK", "CALL", "EXIT")) for op in its)
+            asks = asks_for_nan or (not zeros and asks_for_zero(begin))
+            return narrow or called or asks or any(op.startswith(("FCHK", "CALL", "EXIT")) for op in its)
 
         known: dict[int, dict[tuple[int, ...], list[Instruction]]] = {}
 

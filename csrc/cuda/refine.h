@@ -29,6 +29,11 @@ MAXVA_FN float refine_root(float x, float inverse) {
   return std::fma(std::fma(-root, root, x), 0.5f * inverse, root);
 }
 
+// x / y for an x that is 0.
+MAXVA_FN float zero_quotient(float x, float y) {
+  return magnitude(y) > 0 ? from_bits((to_bits(x) ^ to_bits(y)) & 0x80000000u) : from_bits(0x7fffffffu);
+}
+
 // Not 0 where |x| is less than 2^-100, or 2^28 or more, or x a NaN. Between them the remainders, which must be exact,
 // are no subnormals, and the squares of gradients lie that a network learns from. That there are 128 exponents makes it
 // a single bit.

@@ -6,7 +6,8 @@
 // element begins. A step has up to three divisions and two roots, so that a thread's elements would go through them one
 // after the other, each waiting for its own chain. Here the short chains of all lanes run side by side (cuda/refine.h),
 // and one branch asks whether any lane needs the long one; then all are computed anew by the operators of the language.
-// The bits are the same either way.
+// The bits are the same either way. Zeros, which are rare operands too, come in masses (a word that no text of the
+// batch has, a unit that is off), and the compiler's longest way is theirs: they are asked for first.
 #pragma once
 
 #include <cstdint>
@@ -154,7 +155,13 @@ __device__ __forceinline__ Several<T, kCount> operator/(const Several<T, kCount>
       return quotients;
     }
   }
-  return each<kCount>([&](int k) { return x[k] / y[k]; });
+  return each<kCount>([&](int k) {
+    if constexpr (std::is_same_v<T, float>) {
+      return x[k] == 0 ? zero_quotient(x[k], y[k]) : x[k] / y[k];
+    } else {
+      return x[k] / y[k];
+    }
+  });
 }
 
 template <typename T, int kCount>
@@ -171,7 +178,7 @@ __device__ __forceinline__ Several<T, kCount> square_root(const Several<T, kCoun
       return roots;
     }
   }
-  return each<kCount>([&](int k) { return maxva::square_root(x[k]); });
+  return each<kCount>([&](int k) { return x[k] == 0 ? x[k] : maxva::square_root(x[k]); });
 }
 
 }  // namespace maxva::cuda

@@ -18,6 +18,7 @@ using maxva::to_bits;
 using maxva::cuda::is_outside;
 using maxva::cuda::refine_quotient;
 using maxva::cuda::refine_root;
+using maxva::cuda::zero_quotient;
 
 namespace {
 
@@ -93,6 +94,10 @@ float flushed(float x) {
   return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
 }
 
+bool are_same(float x, float y) {
+  return to_bits(x) == to_bits(y) || (std::isnan(x) && std::isnan(y));
+}
+
 // Numbers of all exponents, zeros, infinities and NaN: what is taken for good must be.
 int64_t specials() {
   std::mt19937 random(1);
@@ -109,6 +114,10 @@ int64_t specials() {
       if (to_bits(quotient) != to_bits(x / y)) {
         std::printf("quotient %a %a\n", double(x), double(y));
       }
+    }
+    const float zero = std::copysign(0.0f, x);
+    if (!are_same(zero_quotient(zero, y), zero / y)) {
+      std::printf("quotient %a %a\n", double(zero), double(y));
     }
     if (is_outside(y) == 0 && y > 0 &&
         to_bits(refine_root(y, float(1 / std::sqrt(double(y))))) != to_bits(std::sqrt(y))) {
