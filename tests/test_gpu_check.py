@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -261,8 +262,15 @@ def test_gpus_side_runs(monkeypatch):
         gpu.join(stream)
     gpu.warm_up(lambda: calls.append("warm"), 2)
     assert calls.count("warm") == 2
-    gpu.capture(lambda: calls.append("captured"))()
+    state = Anything()
+    lives = weakref.ref(state)
+    replay = gpu.capture(lambda state=state: calls.append("captured"))
+    replay()
     assert calls[-2:] == ["captured", "replay"]
+    del state
+    assert lives() is not None, "a graph writes to its tensors at each replay: they must not be freed before it"
+    del replay
+    assert lives() is None
     assert (gpu.free_bytes(), gpu.allocated_bytes(), gpu.cache_bytes()) == (5, 3, 50)
 
 

@@ -153,7 +153,12 @@ class Gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             function()
-        return graph.replay
+
+        def replay(captured: Callable[[], object] = function) -> None:
+            # `captured` lives as long as this does: the graph reads and writes its tensors.
+            graph.replay()
+
+        return replay
 
     # --- memory -------------------------------------------------------------------------------------------------
 

@@ -31,8 +31,8 @@ STAGES = {
     "build": Entry(240, "pip install from a copy of the sources, what the package then reports, the GPU's facts"),
     "correctness": Entry(240, "pytest -m gpu; without pytest the option table in plain Python"),
     "speed": Entry(150, "device time of a step beside AdamW, the eager reference and the bandwidth of a copy"),
-    "host": Entry(90, "host time of step(), and what it launches"),
     "sanitizer": Entry(150, "compute-sanitizer's four tools over each kernel"),
+    "host": Entry(90, "host time of step(), and what it launches"),
     "simulator": Entry(90, "the PTX simulator of the tests against the GPU, bit for bit"),
     "training": Entry(90, "the optimizer's share of a BERT training step with AMP"),
 }  # fmt: skip
