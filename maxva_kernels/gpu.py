@@ -99,6 +99,7 @@ class Launcher(Protocol):
     MAX_GROUPS: int
     STEP_CHUNK: int
     NORM_CHUNK: int
+    GRAPHS: bool  # whether its launches may be captured
 
     def step(self, launch: StepLaunch, /) -> None: ...
 
@@ -134,6 +135,22 @@ def wait_event(event: torch.cuda.Event, device: torch.device) -> None:
 def is_capturing() -> bool:
     """Whether launches go into a CUDA graph at present."""
     return torch.cuda.is_current_stream_capturing()
+
+
+def _is_captured(launcher: Launcher) -> bool:
+    """Whether launches go into a CUDA graph at present.
+
+    Raises:
+        RuntimeError: the launcher's may not.
+    """
+    if not is_capturing():
+        return False
+    if not launcher.GRAPHS:
+        raise RuntimeError(
+            "maxva: a driver older than CUDA 13 takes at most 4 KB of a kernel's arguments into a CUDA graph, and the "
+            "CUDA kernels have more; update the driver (R580 or newer), or use backend='triton'"
+        )
+    return True
 
 
 def step(
@@ -190,7 +207,7 @@ def _launch(
     except RuntimeError:
         check()  # which names the tensor
         raise
-    capturing = is_capturing()
+    capturing = _is_captured(launcher)
     table = step_tables.find(key, make, capturing)
     grads = _fitting(joined(groups, "grads"), params, table, check)
     stream = current_stream(device)
@@ -283,7 +300,7 @@ def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:
         return table
 
     key = (device, *map(Tensor.numel, grads), *map(dtype_of, grads))
-    capturing = is_capturing()
+    capturing = _is_captured(launcher)
     table = norm_tables.find(key, make, capturing)
     # Gradients of these sizes on another stream share the table, whose copy to the device that stream knows nothing of.
     # A capture has a stream of its own, and may not wait for what lies outside; its graph's replays come after the

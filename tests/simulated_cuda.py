@@ -119,6 +119,7 @@ class SimulatedLauncher(Simulation):
     """Has the functions of `_C_cuda`."""
 
     backend = "cuda"
+    GRAPHS = True
 
     def __init__(self, *, arch: str = ARCH, **options):
         super().__init__(**options)

@@ -737,6 +737,16 @@ def test_new_tensors_in_a_capture_are_refused(clip, machine):
     in_a_capture(machine, fresh, "side stream before the capture")
 
 
+def test_graphs_need_a_driver_that_takes_the_arguments(machine, monkeypatch):
+    """Guards against a crash in drivers that take less into a graph than a launch has."""
+    ours, _ = twins(machine, capturable=True, max_grad_norm=1.0)
+    step([ours], 0)
+    monkeypatch.setattr(registry.select(machine.backend, machine.device)._launcher(), "GRAPHS", False)
+    in_a_capture(machine, ours, "update the driver")
+    ours.max_grad_norm = None
+    in_a_capture(machine, ours, "update the driver")
+
+
 # --- several devices -------------------------------------------------------------------------------------------------
 
 needs_two = pytest.mark.skipif(

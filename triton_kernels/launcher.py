@@ -47,6 +47,7 @@ class TritonLauncher:
     MAX_GROUPS = 1 << 30
     STEP_CHUNK = 8192
     NORM_CHUNK = 16384
+    GRAPHS = True
 
     def __init__(self, device_type: str = "cuda"):
         self._device_type = device_type

@@ -29,6 +29,8 @@ TESTS = Path(__file__).resolve().parents[2] / "tests"
 class Recorder:
     """Has the functions of maxva_kernels._C_cuda."""
 
+    GRAPHS = True
+
     def __init__(self, simulated: Any = None):
         self._simulated = simulated
         # csrc/cuda/launch.h; where nothing runs, other numbers would do as well

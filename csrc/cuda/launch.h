@@ -5,7 +5,9 @@
 // Between steps only gradients move. What stays, pointers to parameters and state, sizes, the way the work is cut, is a
 // table in device memory that is built once. What may change, gradients, hyperparameters, scalars, travels with the
 // launch as its arguments, which are constant memory to the kernel: no copy to the device, and no wait for one. CUDA
-// takes 32,764 bytes of arguments since 12.1, enough for a model of kMaxTensors tensors in one launch.
+// takes 32,764 bytes of arguments since 12.1, enough for a model of kMaxTensors tensors in one launch. Captured in a
+// graph, launches of more than 4 KB were reported to crash under CUDA 12 (openxla/xla, pull request 19252), and PyTorch
+// has them there from CUDA 13 on: so have we (GRAPHS in module.cpp, maxva_kernels/gpu.py).
 #pragma once
 
 #include <cstddef>

@@ -199,12 +199,21 @@ PyObject* norm_total(PyObject*, PyObject* launched) {
   });
 }
 
+// The newest CUDA that the driver knows, 12040 for 12.4; 0 without a driver.
+int driver_version() {
+  int version = 0;
+  cudaDriverGetVersion(&version);
+  return version;
+}
+
 PyObject* probe(PyObject*, PyObject* args) {
   int device;
   if (!PyArg_ParseTuple(args, "i", &device)) {
     return nullptr;
   }
   return guarded([&] {
+    MAXVA_CHECK(driver_version() >= 12010,
+                "the driver takes only 4 KB of a kernel's arguments; update it to R530 or newer");
     const DeviceGuard guard(device);
     resident_blocks(step_kernel_for(DType::kFloat, DType::kFloat, DType::kFloat, Algorithm::kMAdam, false), device);
   });
@@ -233,6 +242,7 @@ PyMODINIT_FUNC PyInit__C_cuda(void) {
     PyModule_AddIntConstant(module, "MAX_GROUPS", maxva::cuda::kMaxGroups);
     PyModule_AddIntConstant(module, "STEP_CHUNK", maxva::kStepChunk);
     PyModule_AddIntConstant(module, "NORM_CHUNK", maxva::kNormChunk);
+    PyModule_AddIntConstant(module, "GRAPHS", maxva::cuda::driver_version() >= 13000);  // see launch.h
   }
   return module;
 }

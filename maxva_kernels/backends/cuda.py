@@ -37,8 +37,8 @@ def _why_not_device(index: int) -> str | None:
     except RuntimeError as error:
         major, minor = torch.cuda.get_device_capability(index)
         return (
-            f"its kernels do not run on {torch.cuda.get_device_name(index)} ({error}); reinstall with "
-            f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
+            f"its kernels do not run on {torch.cuda.get_device_name(index)} ({error}); if they were built for other "
+            f"GPUs, reinstall with TORCH_CUDA_ARCH_LIST={major}.{minor}"
         )
     return None
 
