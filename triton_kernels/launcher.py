@@ -29,7 +29,7 @@ _GROUP_VALUES = 10
 
 # No contraction: results are those of the other backends, bit for bit.
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
-# Programs for each multiprocessor, about as many as fit it.
+# A step's programs for each multiprocessor: twice as many as fit it.
 _PROGRAMS = 8
 # Pinned memory that is kept for captures, in words of 8 bytes, and for how many copies like the last it must suffice.
 _PINNED = 1 << 17
@@ -130,8 +130,9 @@ class TritonLauncher:
         self.run(norm_total_kernel, 1, launch.device, arguments, {"T": _TYPES[int(launch.double)]})
 
     def run(self, kernel: Any, chunks: int, device: int, arguments: tuple[int, ...], constants: dict[str, Any]) -> None:
-        """Launches a kernel with as many programs as the device holds, or as there are chunks."""
-        programs = max(1, min(chunks, _PROGRAMS * _processors(device)))
+        """Launches a kernel with a program for each chunk: a fixed number would have a last round that leaves
+        multiprocessors idle. Only those of a step, which count each other, are few."""
+        programs = max(1, min(chunks, _PROGRAMS * _processors(device)) if kernel is step_kernel else chunks)
         with torch.cuda.device(device):
             kernel[(programs,)](*arguments, **constants, **options(constants))
 
