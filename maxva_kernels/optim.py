@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -105,6 +106,14 @@ _ARGUMENTS = """
 """
 
 
+@dataclass
+class _Told:
+    """What steps leave to be asked for; apart, since torch.compile drops what a step assigns to an optimizer."""
+
+    recorder: Recorder | None = None  # of the last step
+    skipped_steps: Tensor | None = None  # where the first parameter is, from the first step on
+
+
 class _MaxVA(Optimizer):
     """What MAdam and LaMAdam share."""
 
@@ -127,9 +136,8 @@ class _MaxVA(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.collect_statistics = collect_statistics
-        self._recorder: Recorder | None = None  # of the last step
+        self._told = _Told()
         self._saturation = Saturation()
-        self._skipped_steps: Tensor | None = None  # where the first parameter is, from the first step on
         self.capturable = capturable
         self.backend = backend
         self._inside_zero = distributed.is_inside_zero()
@@ -223,7 +231,7 @@ class _MaxVA(Optimizer):
                 raise RuntimeError(_name_parameter(str(error), self._listed)) from error
             raise
         round_masters(*whole_masters)
-        self._recorder = recorder
+        self._told.recorder = recorder
         return loss
 
     def _norm_options(self) -> dict[str, Any]:
@@ -233,8 +241,9 @@ class _MaxVA(Optimizer):
                 distributed.norm_group(self._params(), self._inside_zero)
             return {}
         params = self._params()
-        if self.skip_nonfinite and self._skipped_steps is None:
-            self._skipped_steps = torch.zeros((), dtype=torch.int64, device=params[0].device if params else None)
+        if self.skip_nonfinite and self._told.skipped_steps is None:
+            device = params[0].device if params else None
+            self._told.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
         try:
             spreads = distributed.spreads(params)
         except RuntimeError as error:
@@ -247,7 +256,7 @@ class _MaxVA(Optimizer):
         return {
             "norm_group": distributed.norm_group(params, self._inside_zero),
             "spreads": spreads,
-            "skipped_steps": self._skipped_steps if self.skip_nonfinite else None,
+            "skipped_steps": self._told.skipped_steps if self.skip_nonfinite else None,
         }
 
     def _params(self) -> list[Tensor]:
@@ -261,14 +270,14 @@ class _MaxVA(Optimizer):
         Raises:
             RuntimeError: there was no step yet with ``collect_statistics``.
         """
-        if self._recorder is None:
+        if self._told.recorder is None:
             raise RuntimeError("no step has been recorded; pass collect_statistics=True and call step() first")
-        return self._recorder.read(len(self.param_groups))
+        return self._told.recorder.read(len(self.param_groups))
 
     @property
     def skipped_steps(self) -> int:
         """How many steps ``skip_nonfinite`` has skipped since this optimizer was made. Reading waits for the device."""
-        return 0 if self._skipped_steps is None else int(self._skipped_steps)
+        return 0 if self._told.skipped_steps is None else int(self._told.skipped_steps)
 
     def _gather(self, fresh: list[tuple[Tensor, str | None]]) -> list[Group]:
         """The groups with the tensors of all parameters that have or had a gradient, divided by device where need be.
@@ -383,8 +392,8 @@ class _MaxVA(Optimizer):
             group["lr"] = lr.cpu()  # of a checkpoint from another device
 
     def __getstate__(self) -> dict[str, Any]:
-        own = (*_OWN_OPTIONS, "_skipped_steps", "_inside_zero")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_recorder": None}
+        own = {name: getattr(self, name) for name in (*_OWN_OPTIONS, "_inside_zero")}
+        return {**super().__getstate__(), **own, "_told": _Told(skipped_steps=self._told.skipped_steps)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -196,3 +196,18 @@ def test_parameter_that_loses_its_gradient():
         model[0].weight.grad = None
 
     assert_same_bits(*run_both_ways("plain", lose))
+
+
+@pytest.mark.parametrize("eager_steps", [0, 1])
+def test_what_compiled_steps_tell(eager_steps):
+    """Guards `skipped_steps` and `statistics()`: torch.compile drops what a step assigns to its optimizer."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    runs = [MAdam([param], lr=0.1, skip_nonfinite=True, collect_statistics=True) for param in params]
+    steps = [runs[0].step, torch.compile(runs[1].step, backend="aot_eager", fullgraph=True)]
+    for number in range(5):
+        for param, step, optimizer in zip(params, steps, runs, strict=True):
+            param.grad = torch.full((3,), float("nan") if number % 2 else number + 1.0)
+            (optimizer.step if number < eager_steps else step)()
+        told = [(optimizer.skipped_steps, str(optimizer.statistics())) for optimizer in runs]
+        assert told[0] == told[1]
+        assert told[0][0] == (number + 1) // 2
