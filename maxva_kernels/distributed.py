@@ -216,7 +216,7 @@ def norm_group(params: Iterable[Tensor], inside_zero: bool) -> dist.ProcessGroup
     """
     if not has_ranks():
         return None
-    if any(getattr(param, "_fsdp_flattened", False) for param in params):
+    if is_flattened(params):
         raise _their_own_norm("FSDP1", "use its clip_grad_norm_ before the step, or fully_shard (FSDP2)")
     if torch.compiler.is_compiling() and not inside_zero:
         return None
@@ -226,6 +226,11 @@ def norm_group(params: Iterable[Tensor], inside_zero: bool) -> dist.ProcessGroup
         if module.startswith(_DEEPSPEED):
             raise _their_own_norm("DeepSpeed's ZeRO", "use gradient_clipping in DeepSpeed's configuration")
     return None
+
+
+def is_flattened(params: Iterable[Tensor]) -> bool:
+    """Whether FSDP1 has made each rank's parameters parts of the whole, of which they do not tell."""
+    return has_ranks() and any(getattr(param, "_fsdp_flattened", False) for param in params)
 
 
 def check_savable(param: Tensor, state: Mapping[str, Tensor]) -> None:

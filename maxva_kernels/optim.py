@@ -118,8 +118,6 @@ class _MaxVA(Optimizer):
     """What MAdam and LaMAdam share."""
 
     _laprop: bool
-    # GradScaler then leaves unscaling and the overflow test to step(), through self.grad_scale and self.found_inf.
-    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -258,6 +256,12 @@ class _MaxVA(Optimizer):
             "spreads": spreads,
             "skipped_steps": self._told.skipped_steps if self.skip_nonfinite else None,
         }
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves unscaling and what an overflow does to `step`, by ``grad_scale`` and ``found_inf``.
+        Not so under FSDP1, whose scaler hears of other ranks' overflows only where it unscales."""
+        return not distributed.is_flattened(self._params())
 
     def _params(self) -> list[Tensor]:
         return [param for group in self.param_groups for param in group["params"]]

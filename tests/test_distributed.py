@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import maxva_kernels
@@ -456,6 +457,33 @@ def test_engine_whose_partition_is_its_own_clips_itself(use_orig_params, pools):
     """Guards against a clip by the norm of one rank's part, which nothing in the parameters tells."""
     for message in pools(2)(clip_under_fsdp1, use_orig_params):
         assert "clip_grad_norm_" in message
+
+
+def overflow_under_fsdp1(use_orig_params: bool) -> list[tuple[int, float]]:
+    """Steps with an infinite gradient on rank 1 in the second; the step count and the scale after each."""
+    model = FullyShardedDataParallel(
+        make_model(torch.float32), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+    )
+    optimizer = MAdam(model.parameters(), lr=0.1)
+    scaler = ShardedGradScaler(device="cpu", init_scale=8.0, growth_interval=100)
+    told = []
+    for step in range(4):
+        optimizer.zero_grad()
+        scaler.scale(engines.loss_of(model, step, engines.my_rows())).backward()
+        mine = next(param for param in model.parameters() if param.grad is not None and param.numel() > 0)
+        if step == 1 and dist.get_rank() == 1:
+            mine.grad.view(-1)[0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        told.append((int(optimizer.state[mine]["step"]), scaler.get_scale()))
+    return told
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_overflow_on_one_rank_of_fsdp1_is_everybodys(use_orig_params, pools):
+    """Guards against ranks that part: one skips the step, the others go on, and their scales differ from then on."""
+    for told in pools(2)(overflow_under_fsdp1, use_orig_params):
+        assert told == [(1, 8.0), (1, 4.0), (2, 4.0), (3, 4.0)]
 
 
 def wrapped(engine: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
