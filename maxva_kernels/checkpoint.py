@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from . import distributed
-from .groups import HYPERPARAMETERS, MOMENTS, STATE_DTYPES, arithmetic_dtype, state_dtype_name
+from .groups import HYPERPARAMETERS, MOMENTS, arithmetic_dtype, state_dtype, state_dtype_name
 
 # Options of a group on which no state depends and which a checkpoint may lack, if it is of a first version or was made
 # of another optimizer's: whoever loads it keeps its own. With what they were when there was no choice.
@@ -58,7 +58,7 @@ def wrap(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
                 f"param_groups[{i}] of this checkpoint has master_weights={saved}, but this optimizer has {wanted}; "
                 f"make the optimizer with that, and once loaded set param_groups[{i}]['master_weights'] = {wanted}"
             )
-        saved, wanted = group.get("state_dtype"), own["state_dtype"]
+        saved, wanted = (state_dtype_name(each.get("state_dtype")) for each in (group, own))
         if saved != wanted:
             too_narrow = any(param.dtype == torch.float64 for param in own["params"])  # bfloat16, then saved
             raise ValueError(
@@ -103,7 +103,7 @@ def check_sizes(optimizer: Optimizer, groups: list[dict[str, Any]]) -> None:
 def kept_dtypes(optimizer: Optimizer) -> list[tuple[Tensor, torch.dtype]]:
     """Every parameter with the dtype in which the optimizer keeps its state."""
     return [
-        (param, STATE_DTYPES[state_dtype_name(group["state_dtype"])] or arithmetic_dtype(param))
+        (param, state_dtype(group["state_dtype"]) or arithmetic_dtype(param))
         for group in optimizer.param_groups
         for param in group["params"]
     ]

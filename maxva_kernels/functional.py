@@ -268,7 +268,7 @@ def _norm_here(grads: Sequence[Tensor], backend: str) -> Tensor:
     for grad in grads:
         by_device.setdefault(grad.device, []).append(grad)
     if not by_device:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")  # whatever the default is
     return _joined_norm([select(backend, device).grad_norm(members) for device, members in by_device.items()])
 
 

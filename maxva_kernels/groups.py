@@ -37,6 +37,15 @@ def state_dtype_name(dtype: torch.dtype | str | None) -> str | None:
     raise ValueError(f"state_dtype must be None or torch.bfloat16, got {dtype!r}")
 
 
+def state_dtype(setting: torch.dtype | str | None) -> torch.dtype | None:
+    """What a group's ``state_dtype`` stands for: a name, or where others than `add_param_group` wrote it the dtype.
+
+    Raises:
+        ValueError: it stands for nothing.
+    """
+    return STATE_DTYPES[state_dtype_name(setting)]
+
+
 def may_be_state(dtype: torch.dtype, param: Tensor) -> bool:
     """Whether a parameter's state may have that dtype: that of its arithmetic or, if this is float32, bfloat16."""
     return dtype == arithmetic_dtype(param) or (dtype == torch.bfloat16 and param.dtype != torch.float64)

@@ -17,13 +17,13 @@ from .backends.registry import select
 from .groups import (
     HYPERPARAMETERS,
     MOMENTS,
-    STATE_DTYPES,
     Group,
     Hyperparameters,
     TensorLists,
     arithmetic_dtype,
     may_be_state,
     no_master,
+    state_dtype,
     state_dtype_name,
 )
 from .master import renew_masters, round_masters
@@ -49,7 +49,7 @@ _ARGUMENTS = """
     Args:
         params: parameters, or named parameters, or dicts of parameter groups, as for `torch.optim`: float32, bfloat16,
             float16 or float64. Arithmetic is in float32 (float64 for float64 parameters).
-        lr: learning rate >= 0, a float or a tensor with one element. One on a GPU is not checked after construction.
+        lr: learning rate >= 0, a float or a tensor with one element, which is checked at construction alone.
         beta1: momentum in [0, 1), the paper's alpha.
         beta2_range: bounds 0 < lower <= upper <= 1 of the second moment's coefficient beta, which is chosen between
             them for each coordinate and step (Eq. 6). Equal bounds turn the choice off.
@@ -199,8 +199,8 @@ class _MaxVA(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.capturable and _is_capturing(self.param_groups):
-            raise RuntimeError("a CUDA graph is being captured; pass capturable=True to have step() captured")
+        if _is_capturing(self.param_groups):
+            self._check_capture()
         norm_options = self._norm_options()
         recorder = Recorder() if self.collect_statistics else None
         fresh: list[tuple[Tensor, str | None]] = []
@@ -231,6 +231,17 @@ class _MaxVA(Optimizer):
         round_masters(*whole_masters)
         self._told.recorder = recorder
         return loss
+
+    def _check_capture(self) -> None:
+        """Raises RuntimeError where a CUDA graph would keep a learning rate for ever."""
+        if not self.capturable:
+            raise RuntimeError("a CUDA graph is being captured; pass capturable=True to have step() captured")
+        for index, group in enumerate(self.param_groups):
+            if not isinstance(group["lr"], Tensor):
+                raise RuntimeError(
+                    f"param_groups[{index}]['lr'] was set to a number, which a CUDA graph would keep for ever; put a "
+                    "tensor on the parameters' device there, and from then on write to that: group['lr'].fill_(1e-3)"
+                )
 
     def _norm_options(self) -> dict[str, Any]:
         """Which ranks a norm is over, told by all parameters, with or without gradients, and what is done by it."""
@@ -294,7 +305,7 @@ class _MaxVA(Optimizer):
         groups = []
         number = -1  # of a parameter among all
         for index, settings in enumerate(self.param_groups):
-            hyper, dtype = _hyperparameters(settings), STATE_DTYPES[settings["state_dtype"]]
+            hyper, dtype = _hyperparameters(settings), state_dtype(settings["state_dtype"])
             by_device: dict[torch.device, TensorLists] = {}
             keys: dict[torch.device, list[int]] = {}
             for param in settings["params"]:
@@ -380,8 +391,8 @@ class _MaxVA(Optimizer):
         finally:
             hook.remove()
         for group, rate in zip(self.param_groups, rates, strict=True):
-            if self.capturable:  # in place, where schedulers and graphs know it
-                group["lr"] = rate.copy_(torch.as_tensor(group["lr"]).reshape(rate.shape))
+            if self.capturable and isinstance(rate, Tensor):  # in place, where schedulers and graphs know it
+                group["lr"] = rate.copy_(torch.as_tensor(group["lr"], device=rate.device).reshape(rate.shape))
             else:
                 self._place_lr(group)
 
@@ -507,7 +518,7 @@ def _hyperparameters(settings: dict[str, Any]) -> Hyperparameters:
 
 
 def _check_state_dtype(group: dict[str, Any]) -> None:
-    dtype = STATE_DTYPES[group["state_dtype"]]
+    dtype = state_dtype(group["state_dtype"])
     if dtype is None:
         return
     for index, param in enumerate(group["params"]):

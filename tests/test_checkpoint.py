@@ -112,6 +112,17 @@ def test_checkpoint_of_a_scheduled_lr_tensor():
     assert loaded.param_groups[0]["lr"].item() == 0.25
 
 
+def test_capturable_rate_that_was_set_by_hand():
+    """Guards against a failure after half of a checkpoint was loaded: a loop had put a number in the tensor's place."""
+    saved = run(make(MAdam, "auto", lr=0.5, capturable=True), 0, 2)
+    loaded = run(make(MAdam, "auto", capturable=True), 0, 1)
+    loaded.param_groups[0]["lr"] = 0.125
+    adopt_params(run(loaded, 1, 3), saved)
+    loaded.load_state_dict(through_file(saved.state_dict()))
+    assert loaded.param_groups[0]["lr"] == torch.tensor(0.5)
+    assert_same_bits(run(saved, 2, 4), run(loaded, 2, 4))
+
+
 def test_checkpoint_before_the_first_step():
     """Guards against a dict without state refused, or old state kept beside it."""
     fresh = make(MAdam, "auto", lr=0.3)

@@ -722,6 +722,10 @@ def test_capture_needs_capturable(machine):
     ours, _ = twins(machine)
     step([ours], 0)
     in_a_capture(machine, ours, "capturable=True")
+    ours, _ = twins(machine, capturable=True)
+    ours.param_groups[0]["lr"] = 0.125
+    step([ours], 0)
+    in_a_capture(machine, ours, "set to a number")
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])

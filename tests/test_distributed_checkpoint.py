@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
+import maxva_kernels
 from maxva_kernels.checkpoint import place_steps
 
 NAMES = [algorithm.__name__ for algorithm in ALGORITHMS]
@@ -120,16 +123,30 @@ def test_steps_on_the_cpu_are_brought_back():
 # --- ZeRO -----------------------------------------------------------------------------------------------------------
 
 
-def zero_run(name: str, stop: int | None) -> tuple[list[torch.Tensor], Any]:
+def zero_in_two_groups(name: str, model: torch.nn.Module, **options: Any) -> ZeroRedundancyOptimizer:
+    first, *others = model.parameters()
+    optimizer = ZeroRedundancyOptimizer([first], getattr(maxva_kernels, name), lr=0.01, **options)
+    optimizer.add_param_group({"params": others})
+    return optimizer
+
+
+ZERO = {
+    "one group": (functools.partial(make_optimizer, zero=True), torch.float64, OPTIONS),
+    "a group added": (zero_in_two_groups, torch.float32, {"state_dtype": torch.bfloat16}),
+}
+
+
+def zero_run(name: str, kind: str, stop: int | None) -> tuple[list[torch.Tensor], Any]:
     """With or without a stop; the parameters in the end, and rank 0's checkpoint of it."""
-    model = replicate(make_model())
-    optimizer = make_optimizer(name, model, zero=True, **OPTIONS)
+    make, dtype, options = ZERO[kind]
+    model = replicate(make_model(dtype))
+    optimizer = make(name, model, **options)
     for step in range(END):
         if step == stop:
             optimizer.consolidate_state_dict(to=0)
             box = [optimizer.state_dict() if dist.get_rank() == 0 else None]
             dist.broadcast_object_list(box, src=0)
-            optimizer = make_optimizer(name, model, zero=True, **OPTIONS)
+            optimizer = make(name, model, **options)
             optimizer.load_state_dict(box[0])
         train_step(model, optimizer, step, my_rows())
     optimizer.consolidate_state_dict(to=0)
@@ -137,14 +154,16 @@ def zero_run(name: str, stop: int | None) -> tuple[list[torch.Tensor], Any]:
 
 
 @by_name
-def test_zero_checkpoint(name, pools):
-    """Guards the way of ZeroRedundancyOptimizer's checkpoints, which are whole: an optimizer alone takes them too."""
+@pytest.mark.parametrize("kind", ZERO)
+def test_zero_checkpoint(kind, name, pools):
+    """Guards the way of ZeroRedundancyOptimizer's checkpoints, which are whole: an optimizer alone takes them too. And
+    its own groups, which it copies into ours before a step, as they were given: with a dtype, and not its name."""
     for (params, checkpoint), (resumed, _) in zip(
-        pools(2)(zero_run, name, None), pools(2)(zero_run, name, STOP), strict=True
+        pools(2)(zero_run, name, kind, None), pools(2)(zero_run, name, kind, STOP), strict=True
     ):
         for found, expected in zip(resumed, params, strict=True):
             assert torch.equal(bits(found), bits(expected))
-        if checkpoint is not None:
+        if checkpoint is not None and kind == "one group":
             model = make_model()
             optimizer = make_optimizer(name, model, **OPTIONS)
             optimizer.load_state_dict(checkpoint)

@@ -267,6 +267,17 @@ def test_functional_form():
             assert torch.equal(optimizer.state[param][name], values[i]), name
 
 
+def test_a_group_may_say_the_dtype_itself():
+    """Guards groups that others write, with the documented value and not its name."""
+    optimizers = [MAdam(make_params((5,)), **BASE, state_dtype=BF16) for _ in range(2)]
+    optimizers[0].param_groups[0]["state_dtype"] = BF16
+    assert_same_bits(*(run(optimizer, 0, 2) for optimizer in optimizers))
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    optimizers[0].param_groups[0]["state_dtype"] = torch.float16
+    with pytest.raises(ValueError, match="state_dtype must be None or torch"):
+        run(optimizers[0], 2, 3)
+
+
 @pytest.mark.parametrize(
     ("state_dtype", "amsgrad", "expected"), [(None, False, 16), (None, True, 20), (BF16, False, 8), (BF16, True, 10)]
 )
