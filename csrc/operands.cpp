@@ -99,6 +99,11 @@ std::string describe(const Named& named) {
                 dtype_name(tensor.scalar_type()), strides, ", ", device, ")");
 }
 
+void check_memory(const Named& named) {
+  MAXVA_CHECK(named.tensor.numel() == 0 || named.tensor.const_data_ptr() != nullptr, describe(named),
+              " has no memory: its storage was freed; pass the tensor that is used in its place");
+}
+
 // No gaps and no overlaps: the elements are exactly `numel` places in memory.
 bool is_dense(const Tensor& tensor) {
   if (tensor.is_contiguous() || tensor.numel() == 0) {
@@ -163,6 +168,7 @@ void check_param(const Named& param, const Named& first) {
               "; pass the parameters of each device in a call of their own");
   MAXVA_CHECK(!may_overlap(param.tensor), describe(param),
               " has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()");
+  check_memory(param);
 }
 
 void check_grad(const Named& grad) {
@@ -170,6 +176,7 @@ void check_grad(const Named& grad) {
               "use .to_dense(), or sparse=False where the layer that makes it has that option");
   MAXVA_CHECK(is_supported(grad.tensor.scalar_type()), describe(grad),
               " must be float32, bfloat16, float16 or float64");
+  check_memory(grad);
 }
 
 void check_moment(const Named& moment, const Named& param, bool narrow) {
@@ -182,6 +189,7 @@ void check_moment(const Named& moment, const Named& param, bool narrow) {
               " as the state of ", describe(param), "; was a checkpoint loaded in another dtype?");
   MAXVA_CHECK(!may_overlap(moment.tensor), describe(moment),
               " has elements that share memory (an expanded tensor?); use .clone()");
+  check_memory(moment);
 }
 
 void check_master(const Named& master, const Named& param) {
@@ -191,6 +199,7 @@ void check_master(const Named& master, const Named& param) {
               " must be dense and torch.bfloat16 as the master of ", describe(param));
   MAXVA_CHECK(!may_overlap(master.tensor), describe(master),
               " has elements that share memory (an expanded tensor?); use .clone()");
+  check_memory(master);
   check_like(master, param);
 }
 

@@ -73,6 +73,16 @@ def check_groups(groups: Sequence[Group]) -> None:
         )
 
 
+def check_memory(tensors: Sequence[Tensor], name: str) -> None:
+    """Raises RuntimeError unless each has the address of its elements, which is all that a GPU's kernels are given."""
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() > 0 and tensor.data_ptr() == 0:
+            raise RuntimeError(
+                f"maxva: {describe(tensor, name, i)} has no memory: a {type(tensor).__name__} that stands for other "
+                "tensors, or one whose storage was freed; pass what has the elements, or use backend='reference'"
+            )
+
+
 def check_scaling(scaling: Scaling) -> None:
     """Raises RuntimeError, naming it, unless each of its tensors is a scalar."""
     for name in ("grad_scale", "found_inf", "grad_norm"):
@@ -86,11 +96,11 @@ def check_scaling(scaling: Scaling) -> None:
 def check_param(param: Tensor, index: int) -> None:
     """Raises RuntimeError unless a parameter of this layout and dtype can be optimised."""
     _require(param.layout == torch.strided, f"params[{index}] is sparse, which is not supported; use a dense parameter")
-    _require(
-        param.dtype in SUPPORTED,
-        f"{describe(param, 'params', index)} must be float32, bfloat16, float16 or float64; "
-        "for a complex one make a Parameter of torch.view_as_real(...), of which forward takes torch.view_as_complex",
-    )
+    if param.dtype not in SUPPORTED:  # of others nothing is asked: lazy modules' have no shape yet
+        raise RuntimeError(
+            f"maxva: {describe(param, 'params', index)} must be float32, bfloat16, float16 or float64; for a complex "
+            "one make a Parameter of torch.view_as_real(...), of which forward takes torch.view_as_complex"
+        )
 
 
 def describe(tensor: Tensor, name: str, index: int) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import checks, layouts
-from .groups import Group, Hyperparameters, Scaling, arithmetic_dtype, joined, with_gradients
+from .groups import TENSOR_LISTS, Group, Hyperparameters, Scaling, arithmetic_dtype, joined, with_gradients
 from .saturation import Saturation
 from .statistics import Recorder, tensors_of
 from .tensor_table import (
@@ -196,7 +196,10 @@ def _launch(
     device = params[0].device
 
     def check() -> None:
-        checks.check_groups(with_gradients(groups))
+        given = with_gradients(groups)
+        checks.check_groups(given)
+        for name in TENSOR_LISTS:
+            checks.check_memory(joined(given, name), name)
 
     def make() -> StepTable:
         check()
@@ -246,7 +249,7 @@ def _launch(
                 segment.chunks,
                 segment.ticket,
                 packed,
-                _addresses(its_grads, grad_dtype),
+                _addresses(its_grads, grad_dtype, check),
                 grad_scale,
                 found_inf,
                 grad_norm,
@@ -294,6 +297,9 @@ def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:
     device, double = grads[0].device, torch.float64 in dtypes
     stream = current_stream(device)
 
+    def check() -> None:
+        checks.check_memory(grads, "grads")
+
     def make() -> NormTable:
         table = make_norm_table(grads, launcher.NORM_CHUNK, launcher.MAX_TENSORS)
         table.stream, table.sent = stream, record_event(device)
@@ -311,7 +317,7 @@ def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:
     norm = torch.empty((), dtype=sums.dtype, device=device)
     where = (device.index or 0, stream)
     for dtype, segment in table.segments:
-        addresses = _addresses([grads[i] for i in segment.tensors], dtype)
+        addresses = _addresses([grads[i] for i in segment.tensors], dtype, check)
         cut = (segment.rows, segment.chunk_rows, segment.chunks)
         launcher.norm_chunks(NormLaunch(*where, DTYPE_CODES[dtype], double, *cut, addresses, sums.data_ptr()))
     launcher.norm_total(TotalLaunch(*where, double, sums.data_ptr(), table.chunks, norm.data_ptr()))
@@ -353,11 +359,17 @@ def _fitting(
     return fitting
 
 
-def _addresses(grads: Sequence[Tensor | None], dtype: torch.dtype) -> bytes:
-    """The addresses of the gradients of that dtype; 0 for the others, which the launch leaves alone."""
+def _addresses(grads: Sequence[Tensor | None], dtype: torch.dtype, check: Callable[[], None] = lambda: None) -> bytes:
+    """The addresses of the gradients of that dtype; 0 for the others, which the launch leaves alone. Raises by `check`
+    if one that has elements has no address."""
     return array(
-        "Q", [grad.data_ptr() or _NO_ELEMENTS if grad is not None and grad.dtype == dtype else 0 for grad in grads]
+        "Q", [grad.data_ptr() or _none(check) if grad is not None and grad.dtype == dtype else 0 for grad in grads]
     ).tobytes()
+
+
+def _none(check: Callable[[], None]) -> int:
+    check()
+    return _NO_ELEMENTS
 
 
 def _pack(hypers: Sequence[Hyperparameters], dtype: torch.dtype, device: torch.device) -> tuple[bytes, list[Tensor]]:

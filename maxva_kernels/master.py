@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import layouts
+
 __all__ = ["join_master", "split_master"]
 
 
@@ -40,6 +42,19 @@ def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
     param = torch.where(is_nan, 0x7FC0, (bits.to(torch.int64) + 0x8000) >> 16).to(torch.int16)
     master = torch.where(is_nan, 0, bits).to(torch.int16)
     return param.view(torch.bfloat16), master.view(torch.bfloat16)
+
+
+def why_not(param: Tensor, master: Tensor) -> str | None:
+    """Why a float16 parameter cannot be stepped by this master weight, and what to do about it; None if it can."""
+    if layouts.may_overlap(param):
+        return "has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()"
+    is_dense = master.layout == torch.strided and not layouts.may_overlap(master)
+    if not is_dense or master.dtype != torch.float32 or (master.shape, master.device) != (param.shape, param.device):
+        return (
+            f"has a state whose 'master' is {master.dtype} of shape {list(master.shape)} on {master.device}, but must "
+            f"be torch.float32 of shape {list(param.shape)} on {param.device}, and dense; without it one is made"
+        )
+    return None
 
 
 def renew_masters(params: list[Tensor], masters: list[Tensor]) -> None:

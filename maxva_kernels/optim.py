@@ -26,7 +26,7 @@ from .groups import (
     state_dtype,
     state_dtype_name,
 )
-from .master import renew_masters, round_masters
+from .master import renew_masters, round_masters, why_not
 from .rounding import tensor_key
 from .saturation import Saturation
 from .statistics import Recorder, StepStatistics
@@ -352,15 +352,27 @@ class _MaxVA(Optimizer):
         return bool(state) and has_master and (not settings["amsgrad"] or "max_denom" in state)
 
     def _whole_masters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters to be stepped by whole master weights, and these; of DTensors this rank's parts."""
-        params = [
-            param
-            for settings in self.param_groups
+        """The parameters to be stepped by whole master weights, and these; of DTensors this rank's parts.
+
+        Raises:
+            RuntimeError: a parameter cannot be written, or a master is not its.
+        """
+        owners = [
+            (param, g, i)
+            for g, settings in enumerate(self.param_groups)
             if settings["master_weights"]
-            for param in settings["params"]
+            for i, param in enumerate(settings["params"])
             if param.grad is not None and _has_whole_master(param, settings)
         ]
-        return distributed.to_local(params), distributed.to_local(self.state[param]["master"] for param in params)
+        params = distributed.to_local(param for param, _, _ in owners)
+        masters = distributed.to_local(self.state[param]["master"] for param, _, _ in owners)
+        for (_, g, i), param, master in zip(owners, params, masters, strict=True):
+            reason = why_not(param, master)
+            if reason is not None:
+                names = self.param_groups[g].get("param_names")
+                called = f", {names[i]!r}" if names else ""
+                raise RuntimeError(f"maxva: param_groups[{g}]['params'][{i}]{called} {reason}")
+        return params, masters
 
     def _listed(self, name: str) -> list[_Owner]:
         """Whose tensors the list ``name`` of a step has, in the order of `_gather`: it skips parameters without

@@ -300,6 +300,56 @@ def test_step_names_the_tensor_and_changes_nothing(case, steps, clip, backend):
     assert_unchanged(optimizer, before)
 
 
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own, as those of quantised weights are."""
+
+    @staticmethod
+    def __new__(cls, tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, tensor.size(), dtype=tensor.dtype, device=tensor.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(func)
+
+
+def free(tensor):
+    tensor.untyped_storage().resize_(0)
+
+
+WITHOUT_MEMORY = {
+    "params": lambda param, state: free(param),
+    "grads": lambda param, state: free(param.grad),
+    "exp_avgs": lambda param, state: free(state["exp_avg"]),
+}
+
+
+@pytest.mark.parametrize("backend", backend_params(oracle=False))
+@pytest.mark.parametrize("clip", [None, 1.0], ids=["no_clip", "clip"])
+@pytest.mark.parametrize("name", WITHOUT_MEMORY)
+def test_tensor_without_memory_is_refused(name, clip, backend):
+    """Guards against address 0 in a kernel: the process would end, or the GPU be lost to it."""
+    kept, other, param = params = make_params((2, 5, (4, 3)), device=device_of(backend))
+    optimizer = MAdam([("a", kept), ("b", other), ("c", param)], **BASE, backend=backend)
+    set_grads(params, 0)
+    optimizer.step()
+    set_grads(params, 1)
+    other.grad = None
+    optimizer.max_grad_norm = clip
+    before = kept.clone(), optimizer.state[kept]["step"].clone()
+    WITHOUT_MEMORY[name](param, optimizer.state[param])
+    with pytest.raises(RuntimeError, match=rf"{name}\[1\] \(shape \[4, 3\].* has no memory.*'c'"):
+        optimizer.step()
+    assert torch.equal(kept, before[0])
+    assert torch.equal(optimizer.state[kept]["step"], before[1])
+
+
+def test_wrapper_has_no_memory_for_a_gpu():
+    """Guards against a tensor subclass taken for what it stands for."""
+    with pytest.raises(RuntimeError, match=r"params\[1\] .* a Wrapper that stands for other tensors.*'reference'"):
+        checks.check_memory([torch.ones(3), Wrapper(torch.ones(3))], "params")
+    checks.check_memory([torch.ones(3), Wrapper(torch.ones(0))], "params")
+
+
 class ChecksAlone:
     """A backend for "meta" tensors, which stand in for those of another device: it refuses what does not fit."""
 

@@ -428,6 +428,39 @@ def test_masters_that_do_not_fit_are_named(backend):
         step(None, masters=[torch.zeros(3, dtype=BF16, device=device)] * 2)
 
 
+WHOLE_MASTERS = {
+    "shape": lambda master: master[:3].clone(),
+    "dtype": torch.Tensor.bfloat16,
+    "device": lambda master: master.to("meta"),
+    "layout": torch.Tensor.to_sparse,
+    "memory": lambda master: master[:1].expand(4),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", [*WHOLE_MASTERS, "parameter"])
+def test_whole_masters_that_do_not_fit_are_named(case, backend):
+    """Guards against torch's words, which name nothing, and a step that is done before the parameter is written."""
+    params = make_params((2, 4), torch.float16, device_of(backend))
+    groups = [{"params": [("a", params[0])]}, {"params": [("b", params[1])]}]
+    optimizer = run(MAdam(groups, **BASE, master_weights=True, backend=backend), 0, 2)
+    before = {name: value.clone() for name, value in states(optimizer)}
+    state = optimizer.state[params[1]]
+    if case == "parameter":
+        params[1].data = params[1].data[:1].expand(4)
+        words = r"has elements that share memory"
+    else:
+        state["master"] = WHOLE_MASTERS[case](state["master"])
+        words = r"has a state whose 'master' is .* must be torch.float32 of shape \[4\]"
+    with pytest.raises(RuntimeError, match=r"^maxva: param_groups\[1\]\['params'\]\[0\], 'b' " + words):
+        run(optimizer, 2, 3)
+    for name, value in states(optimizer):
+        assert name in ("params[1][0]", "master[1][0]") or torch.equal(value, before[name]), name
+    if case != "parameter":
+        del state["master"]
+        run(optimizer, 2, 3)
+
+
 @needs_cpu_kernels
 @pytest.mark.parametrize("option", BFLOAT16_OPTIONS)
 def test_threads_and_views_change_nothing(option):

@@ -147,6 +147,19 @@ def test_group_added_mid_run_starts_afresh(algorithm, backend):
 
 @on_backends
 @both_algorithms
+def test_lazy_modules(algorithm, backend):
+    """Guards optimizers that are made before a model's first batch, when some parameters have no shape yet."""
+    device = device_of(backend)
+    model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.Linear(3, 1)).to(device)
+    optimizer = algorithm(model.parameters(), **BASE, master_weights=True, backend=backend)
+    for _ in range(2):
+        model(torch.ones(2, 5, device=device)).sum().backward()
+        optimizer.step()
+    assert optimizer.state[model[0].weight]["exp_avg"].shape == (3, 5)
+
+
+@on_backends
+@both_algorithms
 def test_parameter_that_joins_late_starts_afresh(algorithm, backend):
     """Guards against a shared step count or a moment from before: a coordinate without gradient until step 5 takes a
     first step then."""
@@ -806,7 +819,7 @@ def test_unknown_backend():
 
 def test_device_without_backend():
     """Guards against an error that does not say what is wrong with the device."""
-    with pytest.raises(RuntimeError, match="no backend can run on device meta"):
+    with pytest.raises(RuntimeError, match=r"no backend can run on device meta.*to_empty"):
         MAdam([Parameter(torch.ones(2, device="meta"))])
 
 

@@ -20,8 +20,10 @@ NAME = "reference"
 
 
 def why_not(device: torch.device) -> str | None:
-    if device.type in ("mps", "meta"):
-        return f"it computes in float64, which {device.type} devices do not; move the model to the CPU"
+    if device.type == "meta":
+        return "on it tensors have no elements; give the model memory first (model.to_empty(device=...))"
+    if device.type == "mps":
+        return "it computes in float64, which mps devices do not; move the model to the CPU"
     return None
 
 
