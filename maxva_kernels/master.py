@@ -44,7 +44,7 @@ def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
     return param.view(torch.bfloat16), master.view(torch.bfloat16)
 
 
-def why_not(param: Tensor, master: Tensor) -> str | None:
+def why_unfit(param: Tensor, master: Tensor) -> str | None:
     """Why a float16 parameter cannot be stepped by this master weight, and what to do about it; None if it can."""
     if layouts.may_overlap(param):
         return "has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()"

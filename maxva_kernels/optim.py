@@ -26,7 +26,7 @@ from .groups import (
     state_dtype,
     state_dtype_name,
 )
-from .master import renew_masters, round_masters, why_not
+from .master import renew_masters, round_masters, why_unfit
 from .rounding import tensor_key
 from .saturation import Saturation
 from .statistics import Recorder, StepStatistics
@@ -367,11 +367,9 @@ class _MaxVA(Optimizer):
         params = distributed.to_local(param for param, _, _ in owners)
         masters = distributed.to_local(self.state[param]["master"] for param, _, _ in owners)
         for (_, g, i), param, master in zip(owners, params, masters, strict=True):
-            reason = why_not(param, master)
+            reason = why_unfit(param, master)
             if reason is not None:
-                names = self.param_groups[g].get("param_names")
-                called = f", {names[i]!r}" if names else ""
-                raise RuntimeError(f"maxva: param_groups[{g}]['params'][{i}]{called} {reason}")
+                raise RuntimeError(f"maxva: {_place(g, i, self.param_groups[g].get('param_names'))} {reason}")
         return params, masters
 
     def _listed(self, name: str) -> list[_Owner]:
@@ -585,6 +583,9 @@ def _name_parameter(message: str, listed: Callable[[str], list[_Owner]]) -> str:
     entries = listed(match[1]) if match else []
     if match is None or int(match[2]) >= len(entries):
         return message
-    g, i, names = entries[int(match[2])]
+    return f"{message} ({match[0]} belongs to {_place(*entries[int(match[2])])})"
+
+
+def _place(g: int, i: int, names: list[str] | None) -> str:
     called = f", {names[i]!r}" if names else ""
-    return f"{message} ({match[0]} belongs to param_groups[{g}]['params'][{i}]{called})"
+    return f"param_groups[{g}]['params'][{i}]{called}"
