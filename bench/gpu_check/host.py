@@ -21,6 +21,7 @@ from gpu_check import contenders, machine, stage
 from gpu_check.contenders import OPTIONS, Contender
 from gpu_check.stage import Lacking, Stage
 from maxva_kernels import MAdam
+from maxva_kernels.backends import cuda
 
 BUSY = 60.0  # milliseconds of other work before a step; a third of it where there are few tensors
 
@@ -40,7 +41,10 @@ def run(stage: Stage) -> None:
         entered = contenders.ours(shapes, torch.float32, gpu.device, reference=name.startswith("400"))
         entered += contenders.torchs(shapes, torch.float32, gpu.device)
         entered += contenders.others(shapes, torch.float32, gpu.device, stage.record.lacks)
-        entered.append(replayed(gpu, shapes))
+        try:
+            entered.append(replayed(gpu, shapes))
+        except Lacking as missing:
+            stage.record.lacks(str(missing))
         all_entered.append(entered)
         many = len(shapes) > 1000
         rounds = 2 if stage.rehearsal else 15 if many else 60
@@ -58,7 +62,13 @@ def run(stage: Stage) -> None:
 
 
 def replayed(gpu: Any, shapes: list[tuple[int, ...]]) -> Contender:
-    """MAdam's step as a CUDA graph."""
+    """MAdam's step as a CUDA graph.
+
+    Raises:
+        Lacking: the driver takes none.
+    """
+    if not cuda._launcher().GRAPHS:
+        raise Lacking("CUDA graphs: they need a driver for CUDA 13")
     params = contenders.make_params(shapes, torch.float32, gpu.device)
     optimizer = MAdam(params, **OPTIONS, capturable=True, backend="cuda")
     gpu.warm_up(optimizer.step)
