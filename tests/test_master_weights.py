@@ -421,7 +421,7 @@ def test_masters_that_do_not_fit_are_named(backend):
     with pytest.raises(RuntimeError, match=r"masters\[0\] .* must have the shape of params\[0\]"):
         step(torch.zeros(4, dtype=BF16))
     with pytest.raises(RuntimeError, match=r"masters\[0\] .* that share memory"):
-        step(torch.zeros(1, dtype=BF16).expand(3))
+        step(torch.zeros(1, dtype=BF16, device=device).expand(3))  # which a move to a device would make dense
     with pytest.raises(RuntimeError, match=r"masters\[0\] .* belongs to params\[0\] .*only bfloat16"):
         step(torch.zeros(3, dtype=BF16), torch.float32)
     with pytest.raises(RuntimeError, match=r"masters has 2 entries for 1 params"):

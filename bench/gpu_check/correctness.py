@@ -22,6 +22,7 @@ from gpu_check import stage
 from gpu_check.stage import Lacking, Stage
 
 REHEARSED = ("test_grad_norm.py", "test_special_values and cuda")
+WORKERS = 8
 INTERPRETER = "Triton's kernels in its interpreter"
 
 
@@ -38,7 +39,10 @@ def run(stage: Stage) -> None:
             run_pytest(stage, INTERPRETER, ["-k", "test_interpreter", str(tests / "test_triton_kernels.py")])
         else:
             selected = ["-m", "gpu and not alone", str(tests)]
-            selected += ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+            if importlib.util.find_spec("xdist"):
+                cores = os.cpu_count() or 1
+                selected += ["-n", str(min(WORKERS, cores))]
+                os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // WORKERS)))  # theirs; the first run has all
             apart = f"--ignore={tests / 'test_cuda_gpu.py'}"
             run_pytest(stage, "tests of every backend but Triton", [*selected, apart, "-k", "not triton"])
             if importlib.util.find_spec("triton"):
