@@ -57,6 +57,7 @@ Tensor grad_norm_cpu(std::vector<Tensor> grads) {
     }
     total += grad.numel();
   }
+  const IeeeMode mode;
   Tensor norm = torch::stable::new_empty(grads[0], {}, any_double ? ScalarType::Double : ScalarType::Float);
   if (any_double) {
     *static_cast<double*>(norm.mutable_data_ptr()) =

@@ -10,6 +10,7 @@ namespace maxva::cpu {
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
     const char* named = std::getenv("MAXVA_CPU_CAPABILITY");
+    named = named != nullptr && *named == '\0' ? nullptr : named;
     const auto is_named = [&](const char* capability) { return std::strcmp(named, capability) == 0; };
     MAXVA_CHECK(named == nullptr || is_named("AVX512") || is_named("AVX2") || is_named("DEFAULT"),
                 "the environment variable MAXVA_CPU_CAPABILITY is ", named,

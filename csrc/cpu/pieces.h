@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/ieee_mode.h"
+
 namespace maxva::cpu {
 
 // Elements that a thread takes at a time, and then the next: a core may run at four fifths of another's pace, where
@@ -21,6 +23,7 @@ template <typename Work>
 void for_pieces(int64_t total, int64_t grain, const Work& work) {
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, total, grain, [&](int64_t first, int64_t last) {
+    const IeeeMode mode;
     const int64_t piece = std::clamp((last - first) / 4, kLeastPiece, kPiece);
     for (int64_t begin; (begin = next.fetch_add(piece, std::memory_order_relaxed)) < total;) {
       work(begin, std::min(begin + piece, total));

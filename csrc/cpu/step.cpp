@@ -209,6 +209,7 @@ void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
   if (arguments.found_inf && scalar_value(*arguments.found_inf, "found_inf") != 0) {
     return;  // the gradients overflowed: neither parameters, nor state, nor step counts move
   }
+  const IeeeMode mode;
   Work work = prepare(arguments);
   if (arguments.update_norms) {
     auto* norms = static_cast<double*>(arguments.update_norms->mutable_data_ptr());
