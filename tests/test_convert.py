@@ -7,6 +7,7 @@ bias-corrected sqrt(v), 1e-16 in the denominator of Eq. 6, and a LaMAdam whose m
 import argparse
 import copy
 import itertools
+import os
 import subprocess
 import sys
 
@@ -462,13 +463,15 @@ def test_nothing_is_changed_or_shared(dtype):
     theirs = cast(their_dict(amsgrad=True), dtype)
     for source, convert in ((adam, from_adam), (theirs, from_authors), (ours, to_authors), (laprop, to_authors)):
         source["loss_scale"] = 128
+        source["param_groups"][0]["lr"] = torch.tensor(0.5)
         before = copy.deepcopy(source)
         made = convert(source)
         assert made["loss_scale"] == 128
         for value in made["state"][0].values():
             if torch.is_tensor(value):
                 value.fill_(3)
-        made["param_groups"][0]["lr"] = 3
+        made["param_groups"][0]["lr"].fill_(3)
+        made["param_groups"][0]["params"].clear()
         assert source["param_groups"] == before["param_groups"]
         assert all(
             torch.equal(torch.as_tensor(v), torch.as_tensor(before["state"][0][n]))
@@ -581,6 +584,16 @@ REFUSED = {
         lambda: torch_dict(MAdam, amsgrad=True),
         ["amsgrad"],
     ),
+    "master weights": (
+        to_authors,
+        lambda: run(MAdam(make_params((4,), torch.bfloat16), master_weights=True), 0, 2).state_dict(),
+        ["param_groups[0]", "master_weights=True"],
+    ),
+    "LaMAdam's stochastic rounding": (
+        to_authors,
+        lambda: run(LaMAdam(make_params((4,), torch.bfloat16), stochastic_rounding=True), 0, 2).state_dict(),
+        ["stochastic_rounding=True"],
+    ),
     "LaMAdam at rate 0": (to_authors, lambda: torch_dict(LaMAdam, lr=0.0), ["lr=0"]),
 }
 
@@ -678,8 +691,11 @@ def test_command_options(tmp_path, monkeypatch, capsys):
         ({"a": torch_dict(), "b": [torch_dict()]}, ["several", "['a'], ['b'][0]"]),
         ({"optimizer": torch_dict(torch.optim.SGD)}, ["['optimizer']", "'nesterov'", "authors' LaMAdam or torch"]),
         ({"optimizer": torch_dict(), "thing": copy.copy}, ["tensors and plain values", "maxva_kernels.convert"]),
+        ({"optimizer": {**torch_dict(), "state": [1]}}, ["['optimizer']", "not as an optimizer leaves it", "list"]),
+        ([{**torch_dict(), "param_groups": None}], ["[0]", "not as an optimizer leaves it"]),
+        (edited(torch_dict(), group={"betas": None}), ["in.pt", "not as an optimizer leaves it", "NoneType"]),
     ],
-    ids=["no optimizer", "a tensor", "several", "nobody's", "code"],
+    ids=["no optimizer", "a tensor", "several", "nobody's", "code", "state", "groups", "group"],
 )
 def test_command_refuses(tmp_path, monkeypatch, content, words):
     """Guards against a file written from what is not understood, and a message without the keys that were found."""
@@ -706,3 +722,29 @@ def test_command_on_files_that_cannot_be_read_or_written(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     assert "no space left" in command(monkeypatch, tmp_path / "in.pt", tmp_path / "out.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.pt", "in.pt", "text.pt"]
+
+
+def test_command_leaves_rights_and_links(tmp_path, monkeypatch):
+    """Guards against a private checkpoint that all may read afterwards, a link replaced by a file, a link to nowhere
+    written through unasked, and devices."""
+    files = kept, link, lost, out = [tmp_path / name for name in ("kept.pt", "link.pt", "lost.pt", "out.pt")]
+    torch.save(torch_dict(MAdam), kept)
+    kept.chmod(0o640)
+    link.symlink_to("kept.pt")
+    assert "--overwrite" in command(monkeypatch, kept, link)
+    assert command(monkeypatch, link, link, "--overwrite") is None
+    assert link.is_symlink()
+    assert "total_w" in torch.load(kept)["state"][0]
+    assert kept.stat().st_mode & 0o777 == 0o640
+    lost.symlink_to("elsewhere.pt")
+    assert "--overwrite" in command(monkeypatch, kept, lost)
+    before = os.umask(0o027)
+    try:
+        assert command(monkeypatch, kept, out) is None
+    finally:
+        os.umask(before)
+    assert out.stat().st_mode & 0o777 == 0o640
+    os.mkfifo(tmp_path / "pipe")
+    assert "no file" in command(monkeypatch, kept, tmp_path / "pipe", "--overwrite")
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(tmp_path.iterdir()) == sorted([*files, tmp_path / "pipe"])

@@ -49,8 +49,8 @@ def to_authors(state_dict: dict[str, Any], *, fairseq: bool = False) -> dict[str
 
     Raises:
         ValueError: it is not ours (the message names its keys), or it uses what their code does not have: maximize,
-            AMSGrad in LaMAdam or in fairseq, a learning rate of 0 in LaMAdam, trust_ratio in LaMAdam, in fairseq or
-            without decoupled weight decay.
+            master weights, stochastic_rounding, AMSGrad in LaMAdam or in fairseq, a learning rate of 0 in LaMAdam,
+            trust_ratio in LaMAdam, in fairseq or without decoupled weight decay.
     """
     source_of(state_dict, OURS)
     convert = _to_lamadam if state_dict["param_groups"][0]["algorithm"] == "LaMAdam" else _to_madam
@@ -61,6 +61,11 @@ def _centred(m: Tensor, mean: Tensor, square: Tensor, w: Tensor) -> tuple[Tensor
     """m, u, s, w of m~, u~, v~, w; before the first step, where w is 0, u and s are 0. NaN stays."""
     _, u, s, _ = from_paper(PaperState(m, mean, square, w))
     return m, torch.where(w == 0, 0.0, u), torch.where(w == 0, 0.0, s), w
+
+
+def _rounding(states: States) -> list[str]:
+    """Options that keep small updates of parameters in 16 bits."""
+    return ["stochastic_rounding", *(["master_weights"] if any("master" in state for state in states.values()) else [])]
 
 
 def _refuse(where: str, group: Group, *options: str) -> None:
@@ -123,7 +128,7 @@ def _from_lamadam(where: str, group: Group, states: States) -> tuple[Group, Stat
 
 
 def _to_madam(where: str, group: Group, states: States, fairseq: bool) -> tuple[Group, States]:
-    _refuse(where, group, "maximize", *(["amsgrad", "trust_ratio"] if fairseq else []))
+    _refuse(where, group, *_rounding(states), "maximize", *(["amsgrad", "trust_ratio"] if fairseq else []))
     if not (group["decoupled_weight_decay"] and group["weight_decay"] > 0):
         _refuse(where, group, "trust_ratio")  # theirs would be 1, or decay twice
     converted: States = {}
@@ -150,7 +155,7 @@ def _to_madam(where: str, group: Group, states: States, fairseq: bool) -> tuple[
 
 
 def _to_lamadam(where: str, group: Group, states: States, fairseq: bool) -> tuple[Group, States]:
-    _refuse(where, group, "maximize", "amsgrad", "trust_ratio")
+    _refuse(where, group, *_rounding(states), "maximize", "amsgrad", "trust_ratio")
     lr, momentum, (lower, upper) = float(group["lr"]), group["beta1"], group["beta2_range"]
     if states and lr == 0:
         raise ValueError(f"{where} has lr=0, by which the authors' momentum is scaled; set it to the next step's")

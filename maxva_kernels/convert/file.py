@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,8 +52,11 @@ def convert_file(arguments: argparse.Namespace) -> str:
         OSError: a file cannot be read or written, or OUT exists.
     """
     source, target = arguments.source, arguments.target
-    if target.exists() and not arguments.overwrite:
-        raise FileExistsError(f"{target} exists; pass --overwrite to replace it")
+    if os.path.lexists(target):
+        if not arguments.overwrite:
+            raise FileExistsError(f"{target} exists; pass --overwrite to replace it")
+        if target.exists() and not target.is_file():
+            raise FileExistsError(f"{target} is no file that could be replaced; name another")
     holder = [_load(source)]
     found = list(_optimizer_states(holder, 0, ""))
     if len(found) != 1:
@@ -67,6 +73,9 @@ def convert_file(arguments: argparse.Namespace) -> str:
         parent[key], what = _convert(parent[key], arguments)
     except ValueError as error:
         raise ValueError(f"{source}{name}: {error}") from error
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        words = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"{source}{name} is not as an optimizer leaves it ({words})") from error
     _save(holder[0], target)
     return f"{source}{name}, {what}, written to {target}"
 
@@ -117,13 +126,32 @@ def _convert(state_dict: dict[str, Any], arguments: argparse.Namespace) -> tuple
 
 
 def _save(checkpoint: Any, path: Path) -> None:
-    """Writes beside ``path`` and renames, so that an interruption leaves what was there."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes beside ``path``, or beside what it is a link to, and renames: an interruption leaves what was there."""
+    path = Path(os.path.realpath(path))
     try:
-        with partial.open("xb") as file:
-            torch.save(checkpoint, file)
-        partial.replace(path)
-    except RuntimeError as error:  # torch's for a write that failed
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            partial = Path(file.name)
+            try:
+                torch.save(checkpoint, file)
+                file.close()
+                _give_rights(partial, path)
+                partial.replace(path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except (OSError, RuntimeError) as error:  # torch's for a write that failed
         raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+
+
+def _give_rights(partial: Path, path: Path) -> None:
+    """Those of the file that is replaced, which may be private; of a new one the usual."""
+    if path.exists():
+        before = path.stat()
+        with contextlib.suppress(PermissionError):
+            os.chown(partial, before.st_uid, before.st_gid)
+        mode = stat.S_IMODE(before.st_mode)
+    else:
+        mask = os.umask(0)
+        os.umask(mask)
+        mode = 0o666 & ~mask
+    partial.chmod(mode)

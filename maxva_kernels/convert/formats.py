@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -102,6 +103,6 @@ def convert_groups(
     for i, group in enumerate(state_dict["param_groups"]):
         present = {index: state_dict["state"][index] for index in group["params"] if state_dict["state"].get(index)}
         new_group, new_states = convert(f"param_groups[{i}]", group, present)
-        groups.append(new_group)
+        groups.append(copy.deepcopy(new_group))  # the learning rate may be a tensor, of an optimizer at work
         states.update(new_states)
     return {**state_dict, "state": states, "param_groups": groups}
