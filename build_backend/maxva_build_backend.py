@@ -111,5 +111,5 @@ def _installed_torch() -> dict[str, Any] | None:
     """
     command = [sys.executable, "-E", "-c", FIND_TORCH]
     result = subprocess.run(command, capture_output=True, text=True, cwd=sys.prefix, check=True)
-    torch: dict[str, Any] | None = json.loads(result.stdout)
-    return torch if torch and parse_version(torch["version"]) >= MIN_TORCH else None
+    torch: dict[str, Any] | None = json.loads(result.stdout.splitlines()[-1])  # what a .pth file prints comes before
+    return torch if torch and parse_version(torch["version"] or "") >= MIN_TORCH else None

@@ -71,8 +71,8 @@ def commands(root: Path, plan: Plan, facts: Facts) -> dict[str, type[Command]]:
             package = (root if self.editable_mode else Path(self.build_lib)) / PACKAGE
             # What an earlier build with other switches left behind must not get into this one.
             if self.editable_mode:
-                for module in package.glob("_C*.so"):
-                    module.unlink()
+                for left in (*package.glob("_C*.so"), package / RECORD):
+                    left.unlink(missing_ok=True)
             else:
                 shutil.rmtree(package, ignore_errors=True)
             super().run()

@@ -142,9 +142,11 @@ def gather_facts(root: Path, env: Mapping[str, str]) -> Facts:
     facts = Facts(no_compiler=no_compiler(env), cuda_sources=bool(sources(root, CUDA_SOURCES)))
     try:
         import torch
-    except (ImportError, OSError) as error:
+
+        found = {"torch": str(torch.__version__), "torch_cuda": torch.version.cuda, "gpu": torch.cuda.is_available()}
+    except Exception as error:  # a torch that is broken, or a folder of that name, fails in its own way
         return replace(facts, no_torch=f"torch cannot be imported by the build ({error}): install torch>=2.10 first")
-    facts = replace(facts, torch=str(torch.__version__), torch_cuda=torch.version.cuda, gpu=torch.cuda.is_available())
+    facts = replace(facts, **found)
     if parse_version(torch.__version__) < MIN_TORCH:
         facts = replace(facts, no_torch=f"torch {torch.__version__} is too old: install torch>=2.10")
     if torch.version.cuda is None:
@@ -156,8 +158,8 @@ def gather_facts(root: Path, env: Mapping[str, str]) -> Facts:
 
 
 def parse_version(version: str) -> tuple[int, int]:
-    """'2.10.0+cu130' -> (2, 10)."""
-    major, minor = re.findall(r"\d+", version)[:2]
+    """'2.10.0+cu130' -> (2, 10); (0, 0) for what is no version."""
+    major, minor = [*re.findall(r"\d+", version), "0", "0"][:2]
     return int(major), int(minor)
 
 
@@ -180,7 +182,10 @@ def no_compiler(env: Mapping[str, str]) -> str | None:
         return "the compiled kernels are not built on Windows yet"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "the compiled kernels need Python's stable ABI, which free-threaded Python does not have"
-    command = shlex.split(env.get("CXX") or "c++")[0]
+    try:
+        command = [*shlex.split(env.get("CXX", "")), "c++"][0]
+    except ValueError as error:
+        return f"CXX={env['CXX']} cannot be understood ({error}): set it to a C++ compiler"
     if shutil.which(command, path=env.get("PATH")) is None:
         return f"no C++ compiler was found ({command}): install g++ or clang++, or set CXX"
     headers = sysconfig.get_path("include")

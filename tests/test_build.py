@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import types
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -164,10 +165,20 @@ def test_nvcc_on_path_may_be_a_wrapper(tmp_path):
 def test_missing_compiler_is_named(tmp_path):
     assert matches(build.no_compiler({"PATH": str(tmp_path)}), "no C++ compiler was found (c++)")
     assert matches(build.no_compiler({"PATH": str(tmp_path), "CXX": "ccache clang++-99"}), "(ccache)")
+    assert matches(build.no_compiler({"PATH": str(tmp_path), "CXX": " "}), "(c++)")
+    assert matches(build.no_compiler({"CXX": '"g++'}), 'CXX="g++ cannot be understood')
+
+
+@pytest.mark.parametrize("broken", [types.ModuleType("torch"), types.SimpleNamespace(__version__="weird")])
+def test_broken_torch_is_named(broken, monkeypatch):
+    """Guards against a traceback from a half-removed torch, of which a folder may be left that Python takes for it."""
+    monkeypatch.setitem(sys.modules, "torch", broken)
+    assert "torch cannot be imported by the build" in build.gather_facts(ROOT, {}).no_torch
 
 
 @pytest.mark.parametrize(
-    ("version", "expected"), [("2.10.0+cu130", (2, 10)), ("2.9.1", (2, 9)), ("3.0.0a0+git12", (3, 0))]
+    ("version", "expected"),
+    [("2.10.0+cu130", (2, 10)), ("2.9.1", (2, 9)), ("3.0.0a0+git12", (3, 0)), ("2", (2, 0)), ("weird", (0, 0))],
 )
 def test_parse_version(version, expected):
     assert build.parse_version(version) == expected
@@ -189,6 +200,7 @@ def test_backend_asks_for_torch_only_where_there_is_none(monkeypatch):
     assert backend.get_requires_for_build_wheel() == ["ninja"]
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)  # as pip's isolation has it
     backend._installed_torch.cache_clear()
+    monkeypatch.setattr(backend, "FIND_TORCH", "print('a greeting of a .pth file')\n" + backend.FIND_TORCH)
     assert backend._installed_torch()["version"] == importlib.metadata.version("torch")
     assert backend.get_requires_for_build_wheel() == ["ninja"]
     monkeypatch.setattr(backend, "_installed_torch", lambda: None)
