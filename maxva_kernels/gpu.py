@@ -363,12 +363,14 @@ def _addresses(grads: Sequence[Tensor | None], dtype: torch.dtype, check: Callab
     """The addresses of the gradients of that dtype; 0 for the others, which the launch leaves alone. Raises by `check`
     if one that has elements has no address."""
     return array(
-        "Q", [grad.data_ptr() or _none(check) if grad is not None and grad.dtype == dtype else 0 for grad in grads]
+        "Q",
+        [grad.data_ptr() or _none(grad, check) if grad is not None and grad.dtype == dtype else 0 for grad in grads],
     ).tobytes()
 
 
-def _none(check: Callable[[], None]) -> int:
-    check()
+def _none(grad: Tensor, check: Callable[[], None]) -> int:
+    if grad.numel() > 0:
+        check()
     return _NO_ELEMENTS
 
 

@@ -167,6 +167,15 @@ def test_changes_that_need_no_table(pair):
     assert pair.step() == 0
 
 
+def test_known_tensors_are_not_checked_again(monkeypatch, launcher):
+    """Guards the host's time: a table is checked once, also where a rank's part of a gradient has no elements."""
+    params = make_params((3, 0, 5))
+    optimizer = MAdam(params, backend=launcher.backend, max_grad_norm=1.0, **BASE)
+    run(optimizer, 0, 1)
+    monkeypatch.setattr(gpu.checks, "check_groups", lambda groups: pytest.fail("checked again"))
+    run(optimizer, 1, 3)
+
+
 def test_optimizers_take_turns(launcher):
     """Guards against one optimizer's table driving out another's, as with two networks trained in turns."""
     pairs = [Pair(launcher), Pair(launcher)]
