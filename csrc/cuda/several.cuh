@@ -154,14 +154,10 @@ __device__ __forceinline__ Several<T, kCount> operator/(const Several<T, kCount>
     if (outside == 0) {
       return quotients;
     }
+    return each<kCount>([&](int k) { return x[k] == 0 ? zero_quotient(x[k], y[k]) : x[k] / y[k]; });
+  } else {
+    return each<kCount>([&](int k) { return x[k] / y[k]; });
   }
-  return each<kCount>([&](int k) {
-    if constexpr (std::is_same_v<T, float>) {
-      return x[k] == 0 ? zero_quotient(x[k], y[k]) : x[k] / y[k];
-    } else {
-      return x[k] / y[k];
-    }
-  });
 }
 
 template <typename T, int kCount>
@@ -177,8 +173,10 @@ __device__ __forceinline__ Several<T, kCount> square_root(const Several<T, kCoun
     if (outside == 0) {
       return roots;
     }
+    return each<kCount>([&](int k) { return x[k] == 0 ? x[k] : maxva::square_root(x[k]); });
+  } else {
+    return each<kCount>([&](int k) { return maxva::square_root(x[k]); });
   }
-  return each<kCount>([&](int k) { return x[k] == 0 ? x[k] : maxva::square_root(x[k]); });
 }
 
 }  // namespace maxva::cuda
