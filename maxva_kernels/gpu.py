@@ -359,7 +359,7 @@ def _fitting(
     return fitting
 
 
-def _addresses(grads: Sequence[Tensor | None], dtype: torch.dtype, check: Callable[[], None] = lambda: None) -> bytes:
+def _addresses(grads: Sequence[Tensor | None], dtype: torch.dtype, check: Callable[[], None]) -> bytes:
     """The addresses of the gradients of that dtype; 0 for the others, which the launch leaves alone. Raises by `check`
     if one that has elements has no address."""
     return array(

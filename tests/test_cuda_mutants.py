@@ -196,7 +196,7 @@ class Scenario:
             each = enumerate(gpu._PACKED_GROUP.iter_unpack(packed))
             packed = b"".join(gpu._PACKED_GROUP.pack(7.0, self.rates[g:].data_ptr(), *rest[2:]) for g, rest in each)
         all_grads = [grad for group in self.groups for grad in group.tensors.grads]
-        grads = np.frombuffer(gpu._addresses(all_grads, self.grad_dtype), np.uint64).copy()
+        grads = np.frombuffer(gpu._addresses(all_grads, self.grad_dtype, lambda: None), np.uint64).copy()
         if skipped:
             rows = segment._memory.numpy()
             for name, place in [*((n, STEP_COLUMNS.index(n)) for n in STEP_COLUMNS[:6]), ("grad", None)]:

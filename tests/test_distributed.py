@@ -443,28 +443,35 @@ def test_what_cannot_be_right_is_refused(kind, pools):
         assert bool(message) == bool(REFUSALS[kind])
 
 
-def clip_under_fsdp1(use_orig_params: bool) -> str:
-    model = FullyShardedDataParallel(
-        make_model(torch.float32), use_orig_params=use_orig_params, device_id=torch.device("cpu")
-    )
-    optimizer = MAdam(model.parameters(), lr=0.1, max_grad_norm=1.0)
+def wrapped(engine: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    model = make_model(dtype)
+    if engine == "FSDP2":
+        model = shard(model)
+    else:
+        original = engine == "FSDP1, use_orig_params"
+        model = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+    return model, engines.make_optimizer("MAdam", model, **options)
+
+
+def clip_under_fsdp1(engine: str) -> str:
+    model, optimizer = wrapped(engine, torch.float32, {"max_grad_norm": 1.0})
     engines.loss_of(model, 0, engines.my_rows()).backward()
     return _message(optimizer.step)
 
 
-@pytest.mark.parametrize("use_orig_params", [True, False])
-def test_engine_whose_partition_is_its_own_clips_itself(use_orig_params, pools):
+fsdp1 = pytest.mark.parametrize("engine", ["FSDP1", "FSDP1, use_orig_params"])
+
+
+@fsdp1
+def test_engine_whose_partition_is_its_own_clips_itself(engine, pools):
     """Guards against a clip by the norm of one rank's part, which nothing in the parameters tells."""
-    for message in pools(2)(clip_under_fsdp1, use_orig_params):
+    for message in pools(2)(clip_under_fsdp1, engine):
         assert "clip_grad_norm_" in message
 
 
-def overflow_under_fsdp1(use_orig_params: bool) -> list[tuple[int, float]]:
+def overflow_under_fsdp1(engine: str) -> list[tuple[int, float]]:
     """Steps with an infinite gradient on rank 1 in the second; the step count and the scale after each."""
-    model = FullyShardedDataParallel(
-        make_model(torch.float32), use_orig_params=use_orig_params, device_id=torch.device("cpu")
-    )
-    optimizer = MAdam(model.parameters(), lr=0.1)
+    model, optimizer = wrapped(engine, torch.float32, {})
     scaler = ShardedGradScaler(device="cpu", init_scale=8.0, growth_interval=100)
     told = []
     for step in range(4):
@@ -479,21 +486,11 @@ def overflow_under_fsdp1(use_orig_params: bool) -> list[tuple[int, float]]:
     return told
 
 
-@pytest.mark.parametrize("use_orig_params", [True, False])
-def test_overflow_on_one_rank_of_fsdp1_is_everybodys(use_orig_params, pools):
+@fsdp1
+def test_overflow_on_one_rank_of_fsdp1_is_everybodys(engine, pools):
     """Guards against ranks that part: one skips the step, the others go on, and their scales differ from then on."""
-    for told in pools(2)(overflow_under_fsdp1, use_orig_params):
+    for told in pools(2)(overflow_under_fsdp1, engine):
         assert told == [(1, 8.0), (1, 4.0), (2, 4.0), (3, 4.0)]
-
-
-def wrapped(engine: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
-    model = make_model(dtype)
-    if engine == "FSDP2":
-        model = shard(model)
-    else:
-        original = engine == "FSDP1, use_orig_params"
-        model = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
-    return model, engines.make_optimizer("MAdam", model, **options)
 
 
 def save_and_resume(engine: str, dtype: torch.dtype, options: dict[str, Any]) -> str:

@@ -76,7 +76,7 @@ def test_sums_follow_the_rule(offset, dtype, twice, orders, simulated):
     ((_, segment),) = table.segments
     wide = torch.float64 if twice else torch.float32
     sums = torch.full((table.chunks, 3), torch.nan, dtype=wide)
-    addresses = gpu._addresses([grads[i] for i in segment.tensors], dtype)
+    addresses = gpu._addresses([grads[i] for i in segment.tensors], dtype, lambda: None)
     where = (segment.rows, segment.chunk_rows, segment.chunks, addresses, sums.data_ptr())
     simulated.norm_chunks(gpu.NormLaunch(0, 0, gpu.DTYPE_CODES[dtype], twice, *where))
     chunks = [chunk.to(wide) for grad in grads if grad.numel() for chunk in grad.split(CHUNK)]
