@@ -6,6 +6,7 @@ The schemas stand here and not in C++ so that an installation without compiled c
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from types import ModuleType
@@ -13,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from . import build_record
 from .checks import describe
 from .groups import Group, Hyperparameters, Scaling, TensorLists, joined, no_master
 from .saturation import Saturation
@@ -53,14 +55,17 @@ library.define("grad_norm(Tensor[] grads) -> Tensor")
 library.define("cpu_capability() -> str")
 
 
-def _load(module: str) -> ModuleType | str:
+def _load(name: str) -> ModuleType | str:
     try:
-        return importlib.import_module(f"maxva_kernels.{module}")
+        module = importlib.import_module(f"maxva_kernels.{name}")
     except ImportError as error:
         return str(error)
+    if outdated := build_record.outdated(name):
+        warnings.warn(f"maxva: {outdated}", stacklevel=2)
+    return module
 
 
-_MODULES = {name: _load(name) for name in ("_C", "_C_cuda")}
+_MODULES = {name: _load(name) for name in build_record.MODULES.values()}
 
 
 def load_error(name: str) -> str | None:

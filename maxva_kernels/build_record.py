@@ -34,6 +34,22 @@ def read() -> dict[str, Any]:
     return {module: {"built": False, "reason": reason} for module in MODULES}
 
 
+def outdated(name: str) -> str | None:
+    """Whether the compiled module ``"_C"`` or ``"_C_cuda"`` is older than its sources, as in an editable installation
+    after a pull or an edit, and what to do; None where it is not, or where there are no sources beside the package."""
+    csrc = PACKAGE.parent / "csrc"
+    others = "cuda" if name == MODULES["cpu"] else "cpu"
+    sources = [path for path in csrc.rglob("*") if path.is_file() and path.relative_to(csrc).parts[0] != others]
+    built = [path.stat().st_mtime for path in PACKAGE.glob(f"{name}.*")]
+    changed = [path for path in sources if built and path.stat().st_mtime > max(built)]
+    if not changed:
+        return None
+    return (
+        f"the kernels of {name} are older than their sources ({changed[0].relative_to(PACKAGE.parent)} has changed "
+        "since) and compute what those did; run pip install -e . again"
+    )
+
+
 def _unreadable(why: str) -> str:
     return f"the build record {PACKAGE / RECORD} cannot be read ({why}): install maxva-kernels again"
 

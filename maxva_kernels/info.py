@@ -50,14 +50,17 @@ def _gpus() -> str:
 
 
 def _built(record: dict[str, Any], module: str) -> str:
-    """What was built, with what; or why not; and whether it loads."""
+    """What was built, with what; or why not; and whether it loads and is up to date."""
     if not record[module]["built"]:
         return f"not built: {record[module].get('reason', 'the build recorded no reason')}"
     built = f"built with torch {record.get('torch')}"
     if module == "cuda":
         built += f" and {record.get('cuda_home')} for {record.get('archs')}"
     error = _ops.load_error(build_record.MODULES[module])
-    return f"{built}, but does not load: {error}" if error else built
+    if error:
+        return f"{built}, but does not load: {error}"
+    outdated = build_record.outdated(build_record.MODULES[module])
+    return f"{built}; {outdated}" if outdated else built
 
 
 def _why_not(name: str) -> str | None:

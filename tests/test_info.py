@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,6 +91,43 @@ def test_report_of_cuda_kernels(package, monkeypatch):
     monkeypatch.setattr(registry, "why_not", lambda name, device: "not in this test")
     monkeypatch.setattr(_ops, "load_error", lambda module: None)
     assert "CUDA kernels: built with torch 2.14.1 and /opt/cuda for 9.0" in info.report().splitlines()
+
+
+def test_kernels_older_than_their_sources_are_told_of(package, monkeypatch):
+    """Guards against an editable installation that computes what a checkout did before a pull."""
+    (package / "_build.json").write_text(json.dumps(BUILT))
+    csrc = package.parent / "csrc"
+    header, own, others = csrc / "maxva.h", csrc / "cpu" / "step.cpp", csrc / "cuda" / "step.cu"
+    module = package / "_C.abi3.so"
+    monkeypatch.setattr(_ops.importlib, "import_module", lambda name: sys)
+    monkeypatch.setattr(_ops, "load_error", lambda name: None)
+    monkeypatch.setattr(registry, "why_not", lambda name, device: "not in this test")
+
+    def is_from(time: float, *paths: Path) -> None:
+        for path in paths:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            os.utime(path, (time, time))
+
+    def told() -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert _ops._load("_C") is sys
+        return [str(warning.message).removeprefix("maxva: ") for warning in caught]
+
+    is_from(1e9, header, own, others, module)
+    assert told() == []
+    is_from(2e9, others)  # which the CPU's module is not made of
+    assert told() == []
+    for changed in (own, header):
+        is_from(1e9, header, own, module)
+        is_from(2e9, changed)
+        (warning,) = told()
+        assert f"({changed.relative_to(package.parent)} has changed since)" in warning
+        assert "run pip install -e . again" in warning
+        assert f"CPU kernel: built with torch 2.14.1; {warning}" in " ".join(info.report().split())
+        is_from(2e9, module)
+        assert told() == []
 
 
 def test_reference_is_not_taken_in_silence(monkeypatch):
