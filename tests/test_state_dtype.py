@@ -494,3 +494,13 @@ def test_cast_state_is_no_state_to_round(backend):
         optimizer.state[param][name] = optimizer.state[param][name].bfloat16()
     with pytest.raises(RuntimeError, match=r"exp_avgs\[0\] .* must be torch.float32 as the state of params\[0\]"):
         run(optimizer, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["a whole checkpoint", "nothing", "Adam's before its first step", "no steps"])
+def test_conversion_of_what_is_not_ours(name):
+    """Guards the one error that the docstring promises."""
+    ours, adam = run(MAdam(make_params((2,))), 0, 1).state_dict(), torch.optim.Adam(make_params((2,))).state_dict()
+    del ours["state"][0]["step"]
+    given = {"a whole checkpoint": {"model": {}, "optimizer": ours}, "nothing": None, "no steps": ours}
+    with pytest.raises(ValueError, match=r"'state'|state dict of this package"):
+        to_state_dtype(given.get(name, adam), None)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..checkpoint import check_sizes, kept_dtypes
 from ..groups import MOMENTS, state_dtype_name
+from .formats import OURS, source_of
 
 
 def to_state_dtype(state_dict: dict[str, Any], dtype: torch.dtype | Optimizer | None) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def to_state_dtype(state_dict: dict[str, Any], dtype: torch.dtype | Optimizer | 
         ValueError: the dtype is another, the state is float64, the optimizer's groups have other sizes, or the state is
             not ours.
     """
+    source_of(state_dict, OURS)
     groups = state_dict["param_groups"]
     kept: dict[Any, torch.dtype] = {}  # by a parameter's index
     if isinstance(dtype, Optimizer):
@@ -36,7 +38,7 @@ def to_state_dtype(state_dict: dict[str, Any], dtype: torch.dtype | Optimizer | 
         names = [state_dtype_name(own["state_dtype"]) for own in dtype.param_groups]
         indices = chain.from_iterable(group["params"] for group in groups)
         kept = {index: its for index, (_, its) in zip(indices, kept_dtypes(dtype), strict=True)}
-        dtype = None  # of state that is no parameter's
+        dtype = None  # all state is a parameter's
     else:
         names = [state_dtype_name(dtype)] * len(groups)
 
@@ -45,12 +47,10 @@ def to_state_dtype(state_dict: dict[str, Any], dtype: torch.dtype | Optimizer | 
             return value
         return value.to(kept[index]) if index in kept else _converted(value, dtype, f"{name} of parameter {index}")
 
-    state = {}
-    for index, entries in state_dict["state"].items():
-        missing = [name for name in MOMENTS if name not in entries]
-        if entries and missing:
-            raise ValueError(f"the state of parameter {index} has no {missing[0]!r}; was it written by MaxVA?")
-        state[index] = {name: converted(index, name, value) for name, value in entries.items()}
+    state = {
+        index: {name: converted(index, name, value) for name, value in entries.items()}
+        for index, entries in state_dict["state"].items()
+    }
     new_groups = [{**group, "state_dtype": name} for group, name in zip(groups, names, strict=True)]
     return {**state_dict, "state": state, "param_groups": new_groups}
 
