@@ -21,7 +21,7 @@ def check_grads(grads: list[Tensor]) -> None:
     """Raises RuntimeError unless `grads` is a non-empty list of dense floating-point tensors."""
     _require(len(grads) > 0, "grads is empty; pass at least one tensor")
     for i, grad in enumerate(grads):
-        _check_like(grad, "grads", i, grad, None, i)
+        _check_grad(grad, i)
 
 
 def check_groups(groups: Sequence[Group]) -> None:
@@ -50,7 +50,8 @@ def check_groups(groups: Sequence[Group]) -> None:
             f"{named} has elements that share memory (an expanded tensor?); use parameter.clone() or .contiguous()",
         )
     for i, grad in enumerate(joined(groups, "grads")):
-        _check_like(grad, "grads", i, params[i], None, i)
+        _check_grad(grad, i)
+        _check_like(grad, "grads", i, params[i], i)
     # Of 16 bits where it can be rounded.
     exp_avgs = [avg if group.keys else None for group in groups for avg in group.tensors.exp_avgs]
     for name in ("exp_avgs", "grad_means", "grad_vars", "weight_sums"):
@@ -114,16 +115,29 @@ def _require(holds: bool, message: str) -> None:
         raise RuntimeError(f"maxva: {message}")
 
 
+def _check_grad(grad: Tensor, index: int) -> None:
+    _require(
+        grad.layout == torch.strided,
+        f"grads[{index}] is sparse, which is not supported; "
+        "use .to_dense(), or sparse=False where the layer that makes it has that option",
+    )
+    named = describe(grad, "grads", index)
+    _require(grad.dtype in SUPPORTED, f"{named} must be float32, bfloat16, float16 or float64")
+
+
 def _check_state(
     tensor: Tensor, name: str, index: int, param: Tensor, param_index: int, exp_avg: Tensor | None
 ) -> None:
+    _require(tensor.layout == torch.strided, f"{name}[{index}] is sparse, which is not supported; use .to_dense()")
     given = None if exp_avg is None else exp_avg.dtype
     required = given if given is not None and may_be_state(given, param) else arithmetic_dtype(param)
-    _check_like(tensor, name, index, param, required, param_index)
+    named, its_param = describe(tensor, name, index), describe(param, "params", param_index)
     _require(
-        not layouts.may_overlap(tensor),
-        f"{describe(tensor, name, index)} has elements that share memory (an expanded tensor?); use .clone()",
+        tensor.dtype == required,
+        f"{named} must be {required} as the state of {its_param}; was a checkpoint loaded in another dtype?",
     )
+    _check_no_overlap(tensor, name, index)
+    _check_like(tensor, name, index, param, param_index)
 
 
 def _check_master(master: Tensor, index: int, param: Tensor) -> None:
@@ -137,29 +151,18 @@ def _check_master(master: Tensor, index: int, param: Tensor) -> None:
         master.layout == torch.strided and master.dtype == torch.bfloat16,
         f"{named} must be dense and torch.bfloat16 as the master of {its_param}",
     )
-    _require(
-        not layouts.may_overlap(master),
-        f"{named} has elements that share memory (an expanded tensor?); use .clone()",
-    )
-    _require(master.shape == param.shape, f"{named} must have the shape of {its_param}")
-    _require(master.device == param.device, f"{named} must be on the device of {its_param}; move it there")
+    _check_no_overlap(master, "masters", index)
+    _check_like(master, "masters", index, param, index)
 
 
-def _check_like(
-    tensor: Tensor, name: str, index: int, param: Tensor, required: torch.dtype | None, param_index: int
-) -> None:
+def _check_no_overlap(tensor: Tensor, name: str, index: int) -> None:
     _require(
-        tensor.layout == torch.strided,
-        f"{name}[{index}] is sparse, which is not supported; "
-        "use .to_dense(), or sparse=False where the layer that makes it has that option",
+        not layouts.may_overlap(tensor),
+        f"{describe(tensor, name, index)} has elements that share memory (an expanded tensor?); use .clone()",
     )
+
+
+def _check_like(tensor: Tensor, name: str, index: int, param: Tensor, param_index: int) -> None:
     named, its_param = describe(tensor, name, index), describe(param, "params", param_index)
-    if required is not None:
-        _require(
-            tensor.dtype == required,
-            f"{named} must be {required} as the state of {its_param}; was a checkpoint loaded in another dtype?",
-        )
-    else:
-        _require(tensor.dtype in SUPPORTED, f"{named} must be float32, bfloat16, float16 or float64 beside {its_param}")
     _require(tensor.shape == param.shape, f"{named} must have the shape of {its_param}")
     _require(tensor.device == param.device, f"{named} must be on the device of {its_param}; move it there")

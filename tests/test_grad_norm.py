@@ -97,6 +97,15 @@ def test_special_values(backend):
 
 
 @pytest.mark.parametrize("backend", backend_params())
+def test_integers_are_refused_without_a_word_of_parameters(backend):
+    """Guards against a message about `params`, of which a norm is given none."""
+    grads = [torch.ones(3, device=device_of(backend)), torch.ones(3, dtype=torch.int64, device=device_of(backend))]
+    with pytest.raises(RuntimeError, match=r"^maxva: grads\[1\] .* must be float32.*") as raised:
+        functional.grad_norm(grads, backend=backend)
+    assert "params" not in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", backend_params())
 def test_layouts(backend):
     base = torch.randn(64, 96, device=device_of(backend))
     exact = base[:, ::3].double().norm()
