@@ -14,8 +14,8 @@
 
 namespace maxva {
 
-// Elements of a tensor that share a record, or a sum of squares in the norm of the update. A multiple of what a GPU's
-// block loads at once, whatever the dtypes.
+// Elements of a tensor that share a record, a stamp (saturation.h) and a sum of squares in the norm of the update. A
+// multiple of what a GPU's block loads at once, whatever the dtypes.
 constexpr int64_t kStepChunk = 8192;
 
 constexpr int64_t chunks_of(int64_t numel) {

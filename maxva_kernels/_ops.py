@@ -49,7 +49,7 @@ library.define(
     "Tensor(k!)? saturation=None) -> ()"
 )
 # The global L2 norm of all gradients: a scalar, float64 if any gradient is, else float32. Deterministic, and finite
-# wherever the norm itself is representable.
+# exactly where all gradients are.
 library.define("grad_norm(Tensor[] grads) -> Tensor")
 # The instruction set of the CPU kernels: AVX512, AVX2 or DEFAULT.
 library.define("cpu_capability() -> str")

@@ -81,6 +81,7 @@ def madam_(
 
     Raises:
         ValueError: a hyperparameter is out of range, or there is no such backend.
+        TypeError: a hyperparameter is no number.
         RuntimeError: a tensor does not fit, or the backend cannot run on its device. Nothing has been changed.
     """
     _single_group(False, **locals())
@@ -228,7 +229,7 @@ def _trust_ratios(norms: Tensor) -> Tensor:
 
 @torch.no_grad()
 def grad_norm(grads: list[Tensor], *, backend: str = "auto") -> Tensor:
-    """The L2 norm over all gradients together, as a scalar tensor on the first one's device.
+    """The L2 norm over all gradients together, as a scalar tensor on the first one's device; of none 0, on the CPU.
 
     float32, or float64 if any gradient is, or where norms of several devices or ranks are joined. Deterministic: it
     depends neither on threads nor on the backend's geometry. Squares neither overflow nor vanish on the way, and a norm
@@ -237,7 +238,9 @@ def grad_norm(grads: list[Tensor], *, backend: str = "auto") -> Tensor:
     Of DTensors it is the norm of the whole tensors, and every rank of their meshes must call it.
 
     Raises:
-        RuntimeError: a tensor has no norm (it is sparse, say), or the ranks would not agree on it.
+        ValueError: there is no such backend.
+        RuntimeError: a tensor has no norm (it is sparse, say), the ranks would not agree on it, or the backend cannot
+            run on its device.
     """
     spreads = distributed.spreads(grads, "grads")
     return _grad_norm(grads, distributed.to_local(grads), spreads, None, backend)

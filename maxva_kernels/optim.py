@@ -101,8 +101,8 @@ _ARGUMENTS = """
 
     Raises:
         ValueError: an argument is out of range.
-        RuntimeError: the backend cannot run on a parameter's device; from `step`, a gradient or state does not fit,
-            in which case nothing has been changed.
+        TypeError: one that must be a number is none.
+        RuntimeError: a parameter cannot be optimised, or the backend cannot run on its device.
 """
 
 
@@ -143,7 +143,11 @@ class _MaxVA(Optimizer):
         super().__init__(params, {**defaults, "algorithm": "LaMAdam" if self._laprop else "MAdam"})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, as `torch.optim.Optimizer.add_param_group`; if anything in it is wrong, none of it is added."""
+        """Adds a group, as `torch.optim.Optimizer.add_param_group`; if anything in it is wrong, none of it is added.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: as the constructor.
+        """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -193,7 +197,11 @@ class _MaxVA(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient or a state does not fit its parameter; nothing has been changed.
+            RuntimeError: a gradient or a state does not fit its parameter, a norm over all ranks cannot be had, or a
+                CUDA graph is captured that would not follow the learning rate.
+            ValueError, TypeError: an option has been set to what the constructor refuses.
+
+        Where it raises, nothing has been stepped.
         """
         loss = None
         if closure is not None:

@@ -1,4 +1,4 @@
-// The CPU kernels as tables of functions, one table for each instruction set, chosen when the library is loaded.
+// The CPU kernels as tables of functions, one table for each instruction set, chosen when the first is asked for.
 //
 // Note [One source, several instruction sets]
 // kernels.inc holds the loops and is compiled once for each instruction set by kernels_{default,avx2,avx512}.cpp, so

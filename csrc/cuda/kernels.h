@@ -21,7 +21,8 @@ Kernel step_kernel_for(DType param, DType grad, DType state, Algorithm algorithm
 Kernel update_chunks_kernel_for(bool twice, Algorithm algorithm);
 Kernel update_total_kernel_for(bool twice);
 
-// Takes a NormLaunch<double> if `twice`, or else a NormLaunch<float>, for gradients of 32 and 16 bits.
+// Takes a NormLaunch<double> if `twice`, or else a NormLaunch<float>, for gradients of 32 and 16 bits, and if
+// `twice` of 64.
 Kernel norm_chunks_kernel_for(DType grad, bool twice);
 Kernel norm_total_kernel_for(bool twice);
 
