@@ -60,8 +60,7 @@ struct Hyperparameters {
   T alpha;  // beta1 of the Python interface: the coefficient of the momentum
   T one_minus_alpha;
   uint64_t alpha_bits;  // alpha as a 64-bit binary fraction, see bias_correction
-  T beta_upper, one_minus_beta_upper;
-  T beta_lower, one_minus_beta_lower;
+  T one_minus_beta_upper, one_minus_beta_lower;
   T first_weight;  // 1 - beta2_init: the weight of the first gradient (Eq. 7)
   T saturation;    // w is set to 1 once 1 - w is at most this
   WeightDecay decay_mode;
