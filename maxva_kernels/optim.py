@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,33 +14,13 @@ from torch.optim import Optimizer
 
 from . import checkpoint, checks, distributed, functional, gpu
 from .backends.registry import select
-from .groups import (
-    HYPERPARAMETERS,
-    MOMENTS,
-    Group,
-    Hyperparameters,
-    TensorLists,
-    arithmetic_dtype,
-    may_be_state,
-    no_master,
-    state_dtype,
-    state_dtype_name,
-)
-from .master import renew_masters, round_masters, why_unfit
-from .rounding import tensor_key
+from .gathering import forget, gather, hyperparameters, name_parameter, owners_of, whole_masters
+from .groups import may_be_state, state_dtype, state_dtype_name
+from .master import renew_masters, round_masters
 from .saturation import Saturation
 from .statistics import Recorder, StepStatistics
 
 __all__ = ["LaMAdam", "MAdam"]
-
-# What a parameter's master weight is at first, and so what its state keeps: beside bfloat16 what makes a float32 of it.
-MASTERS: dict[torch.dtype, Callable[[Tensor], Tensor]] = {
-    torch.bfloat16: lambda param: _zeros_like(param, torch.bfloat16),
-    torch.float16: lambda param: param.detach().to(torch.float32, copy=True),
-}
-
-# A parameter: the indices of its group and within it, and the group's names if it has any.
-_Owner = tuple[int, int, list[str] | None]
 
 # Options of the whole optimizer, not of a group.
 _OWN_OPTIONS = ("max_grad_norm", "skip_nonfinite", "collect_statistics", "capturable", "backend")
@@ -163,9 +143,9 @@ class _MaxVA(Optimizer):
                     f"algorithm is that of the class, {own!r}, and cannot be set in a parameter group, got "
                     f"{group['algorithm']!r}; leave it out, or use the other class"
                 )
-            _hyperparameters(group)
+            hyperparameters(group)
             if isinstance(group["lr"], Tensor):  # read now, and not in each step: a GPU would be waited for
-                _hyperparameters({**group, "lr": group["lr"].item()})
+                hyperparameters({**group, "lr": group["lr"].item()})
             self._place_lr(group)
             if group["differentiable"]:
                 raise ValueError(
@@ -179,7 +159,7 @@ class _MaxVA(Optimizer):
             except RuntimeError as error:
                 g, names = len(self.param_groups) - 1, group.get("param_names")
                 listed = [(g, i, names) for i in range(len(group["params"]))]
-                raise RuntimeError(_name_parameter(str(error), lambda _: listed)) from error
+                raise RuntimeError(name_parameter(str(error), lambda _: listed)) from error
             _check_state_dtype(group)
             _check_rounding(group)
         except BaseException:
@@ -213,9 +193,9 @@ class _MaxVA(Optimizer):
         recorder = Recorder() if self.collect_statistics else None
         fresh: list[tuple[Tensor, str | None]] = []
         try:
-            groups = self._gather(fresh)
-            whole_masters = self._whole_masters()
-            renew_masters(*whole_masters)  # also before a step that is refused: what others wrote is the weight now
+            groups = gather(self.param_groups, self.state, fresh)
+            wholes = whole_masters(self.param_groups, self.state)
+            renew_masters(*wholes)  # also before a step that is refused: what others wrote is the weight now
             functional.step_groups(
                 groups,
                 laprop=self._laprop,
@@ -228,15 +208,12 @@ class _MaxVA(Optimizer):
                 backend=self.backend,
             )
         except BaseException as error:
-            for param, name in reversed(fresh):
-                if name is None:
-                    del self.state[param]
-                else:
-                    del self.state[param][name]
+            forget(self.state, fresh)
             if type(error) is RuntimeError:  # not its subclasses, as NotImplementedError
-                raise RuntimeError(_name_parameter(str(error), self._listed)) from error
+                listed = partial(owners_of, self.param_groups, self.state)
+                raise RuntimeError(name_parameter(str(error), listed)) from error
             raise
-        round_masters(*whole_masters)
+        round_masters(*wholes)
         self._told.recorder = recorder
         return loss
 
@@ -269,7 +246,7 @@ class _MaxVA(Optimizer):
                 for g, settings in enumerate(self.param_groups)
                 for i in range(len(settings["params"]))
             ]
-            raise RuntimeError(_name_parameter(str(error), lambda _: listed)) from error
+            raise RuntimeError(name_parameter(str(error), lambda _: listed)) from error
         return {
             "norm_group": distributed.norm_group(params, self._inside_zero),
             "spreads": spreads,
@@ -301,99 +278,6 @@ class _MaxVA(Optimizer):
     def skipped_steps(self) -> int:
         """How many steps ``skip_nonfinite`` has skipped since this optimizer was made. Reading waits for the device."""
         return 0 if self._told.skipped_steps is None else int(self._told.skipped_steps)
-
-    def _gather(self, fresh: list[tuple[Tensor, str | None]]) -> list[Group]:
-        """The groups with the tensors of all parameters that have or had a gradient, divided by device where need be.
-
-        Makes the state that is missing and appends to ``fresh`` what it made: the parameter, and the name of the entry
-        or None for the whole state.
-        """
-        checkpoint.place_steps(self.state)
-        has_ranks = distributed.has_ranks()
-        groups = []
-        number = -1  # of a parameter among all
-        for index, settings in enumerate(self.param_groups):
-            hyper, dtype = _hyperparameters(settings), state_dtype(settings["state_dtype"])
-            by_device: dict[torch.device, TensorLists] = {}
-            keys: dict[torch.device, list[int]] = {}
-            for param in settings["params"]:
-                number += 1
-                grad = param.grad
-                if grad is None and not self._has_state(param, settings):
-                    continue
-                state = self.state[param]
-                if not state:
-                    fresh.append((param, None))
-                    _init_state(param, state, dtype)
-                if hyper.amsgrad and "max_denom" not in state:
-                    state["max_denom"] = _zeros_like(param, dtype)
-                    fresh.append((param, "max_denom"))
-                if settings["master_weights"] and param.dtype in MASTERS:
-                    if "master" not in state:
-                        state["master"] = MASTERS[param.dtype](param)
-                        fresh.append((param, "master"))
-                    if has_ranks:
-                        distributed.check_savable(param, state)
-                lists = by_device.get(param.device)
-                if lists is None:
-                    lists = by_device[param.device] = TensorLists()
-                    keys[param.device] = []
-                    groups.append(Group(hyper, lists, index, keys[param.device]))
-                if dtype is not None or hyper.stochastic_rounding:
-                    keys[param.device].append(tensor_key(settings["rounding_seed"], number))
-                lists.params.append(state["master"] if _has_whole_master(param, settings) else param)
-                lists.grads.append(grad)
-                lists.exp_avgs.append(state["exp_avg"])
-                lists.grad_means.append(state["grad_mean"])
-                lists.grad_vars.append(state["grad_var"])
-                lists.weight_sums.append(state["weight_sum"])
-                lists.steps.append(state["step"])
-                if hyper.amsgrad:
-                    lists.max_denoms.append(state["max_denom"])
-                if settings["master_weights"]:
-                    lists.masters.append(state["master"] if param.dtype == torch.bfloat16 else no_master(param))
-        return groups
-
-    def _has_state(self, param: Tensor, settings: dict[str, Any]) -> bool:
-        state = self.state.get(param, {})
-        has_master = not settings["master_weights"] or param.dtype not in MASTERS or "master" in state
-        return bool(state) and has_master and (not settings["amsgrad"] or "max_denom" in state)
-
-    def _whole_masters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters to be stepped by whole master weights, and these; of DTensors this rank's parts.
-
-        Raises:
-            RuntimeError: a parameter cannot be written, or a master is not its.
-        """
-        owners = [
-            (param, g, i)
-            for g, settings in enumerate(self.param_groups)
-            if settings["master_weights"]
-            for i, param in enumerate(settings["params"])
-            if param.grad is not None and _has_whole_master(param, settings)
-        ]
-        params = distributed.to_local(param for param, _, _ in owners)
-        masters = distributed.to_local(self.state[param]["master"] for param, _, _ in owners)
-        for (_, g, i), param, master in zip(owners, params, masters, strict=True):
-            reason = why_unfit(param, master)
-            if reason is not None:
-                raise RuntimeError(f"maxva: {_place(g, i, self.param_groups[g].get('param_names'))} {reason}")
-        return params, masters
-
-    def _listed(self, name: str) -> list[_Owner]:
-        """Whose tensors the list ``name`` of a step has, in the order of `_gather`: it skips parameters without
-        gradient, and for maxima groups without AMSGrad."""
-        listed: list[_Owner] = []
-        for g, settings in enumerate(self.param_groups):
-            by_device: dict[torch.device, list[_Owner]] = {}
-            for i, param in enumerate(settings["params"]):
-                if param.grad is None and not self._has_state(param, settings):
-                    continue
-                its = by_device.setdefault(param.device, [])
-                if param.grad is not None and (name != "max_denoms" or settings["amsgrad"]):
-                    its.append((g, i, settings.get("param_names")))
-            listed += chain.from_iterable(by_device.values())
-        return listed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a copy of what `state_dict` returned; the state keeps its dtype, whatever the parameter's.
@@ -527,14 +411,6 @@ def _arguments(names: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in names.items() if name not in ("self", "__class__")}
 
 
-def _hyperparameters(settings: dict[str, Any]) -> Hyperparameters:
-    values = {name: settings[name] for name in HYPERPARAMETERS}
-    # Schedules that multiply their way down to 0, as torch's LinearLR, end beside it.
-    if isinstance(values["lr"], float) and -1e-12 < values["lr"] < 0:
-        values["lr"] = 0.0
-    return Hyperparameters(**values)
-
-
 def _check_state_dtype(group: dict[str, Any]) -> None:
     dtype = state_dtype(group["state_dtype"])
     if dtype is None:
@@ -565,35 +441,3 @@ def _check_rounding(group: dict[str, Any]) -> None:
                 f"stochastic_rounding is for bfloat16, which {checks.describe(param, 'params', index)} is not; "
                 "use master_weights=True, or False in a group of such parameters"
             )
-
-
-def _has_whole_master(param: Tensor, settings: dict[str, Any]) -> bool:
-    """Whether the kernel steps a float32 master in place of the parameter."""
-    return settings["master_weights"] and param.dtype == torch.float16
-
-
-def _init_state(param: Tensor, state: dict[str, Any], dtype: torch.dtype | None) -> None:
-    state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
-    for name in MOMENTS:
-        state[name] = _zeros_like(param, dtype)
-
-
-def _zeros_like(param: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return torch.zeros_like(param, dtype=dtype or arithmetic_dtype(param), memory_format=torch.preserve_format)
-
-
-def _name_parameter(message: str, listed: Callable[[str], list[_Owner]]) -> str:
-    """Adds to a message about "params[3]" which of the optimizer's parameters that is.
-
-    ``listed`` says for a list's name whose each entry is.
-    """
-    match = checks.ENTRY.search(message)
-    entries = listed(match[1]) if match else []
-    if match is None or int(match[2]) >= len(entries):
-        return message
-    return f"{message} ({match[0]} belongs to {_place(*entries[int(match[2])])})"
-
-
-def _place(g: int, i: int, names: list[str] | None) -> str:
-    called = f", {names[i]!r}" if names else ""
-    return f"param_groups[{g}]['params'][{i}]{called}"

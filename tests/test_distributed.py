@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import maxva_kernels
 from maxva_kernels import MAdam, functional
+from maxva_kernels.gathering import gather
 
 NAMES = [algorithm.__name__ for algorithm in ALGORITHMS]
 by_name = pytest.mark.parametrize("name", NAMES)
@@ -409,7 +410,7 @@ def refusal(kind: str) -> str:
 
 def _step_with(optimizer: torch.optim.Optimizer, param: torch.Tensor, grad: torch.Tensor) -> str:
     """Autograd refuses to set such gradients; the functional form is not asked."""
-    groups = optimizer._gather([])
+    groups = gather(optimizer.param_groups, optimizer.state, [])
     groups[0].tensors.grads[1] = grad
     with torch.no_grad():
         return _message(lambda: functional.step_groups(groups, laprop=False, backend="cpu"))
