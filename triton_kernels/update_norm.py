@@ -4,10 +4,10 @@ added by the rule of csrc/norm.h over chunks of a step, which are csrc/cuda/upda
 import triton
 import triton.language as tl
 
+from .coefficients import COLUMNS, read_coefficients, read_overflow, read_scaling
 from .grad_norm import LANES, add_up
 from .master import join_master
 from .maxva import add_square, root_of_sum, update
-from .step import COLUMNS, read_coefficients, read_overflow, read_scaling
 
 # Numbers that stand for the squares of a chunk: three for the parameter, three for the update.
 SQUARES = tl.constexpr(6)

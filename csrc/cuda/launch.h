@@ -24,9 +24,6 @@ constexpr size_t kMaxLaunchBytes = 32764;
 constexpr int kMaxTensors = 2900;  // of one launch
 constexpr int kMaxGroups = 64;
 
-constexpr int kUpdateThreads = 256;
-constexpr int kUpdateTotalThreads = kNormLanes;
-
 // One parameter in the table.
 struct StepRow {
   void* param;

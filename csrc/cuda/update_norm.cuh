@@ -2,10 +2,15 @@
 // added by the rule of norm.h over chunks of kStepChunk.
 #pragma once
 
+#include "cuda/coefficients.cuh"
 #include "cuda/lanes.cuh"
-#include "cuda/step.cuh"
+#include "cuda/packet.cuh"
+#include "cuda/stored.cuh"
 
 namespace maxva::cuda {
+
+constexpr int kUpdateThreads = 256;
+constexpr int kUpdateTotalThreads = kNormLanes;
 
 // Elements at(0) ... at(kCount - 1) of a tensor of that dtype, which is kDouble exactly where T is double. Where at()
 // is negative there is none, and 1 in its place.
