@@ -3,7 +3,7 @@
 
 namespace maxva {
 
-// The numbers are those of maxva_kernels/gpu.py (DTYPE_CODES).
+// The numbers are those of maxva_kernels/launch.py (DTYPE_CODES).
 enum class DType : int { kFloat, kDouble, kHalf, kBFloat16 };
 
 }  // namespace maxva

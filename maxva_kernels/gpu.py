@@ -7,16 +7,16 @@ gradients' addresses, the groups' hyperparameters, and addresses of the scalars 
 from __future__ import annotations
 
 import operator
-import struct
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks, layouts
-from .groups import TENSOR_LISTS, Group, Hyperparameters, Scaling, arithmetic_dtype, joined, with_gradients
+from .groups import TENSOR_LISTS, Group, Scaling, arithmetic_dtype, joined, with_gradients
+from .launch import DTYPE_CODES, Launcher, NormLaunch, StepLaunch, TotalLaunch, pack
 from .saturation import Saturation
 from .statistics import Recorder, tensors_of
 from .tensor_table import (
@@ -31,83 +31,8 @@ from .tensor_table import (
     step_key,
 )
 
-# The numbers of csrc/dtype.h.
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
-# csrc/cuda/arguments.h (PackedGroup): lr and its address, six coefficients, four modes.
-_PACKED_GROUP = struct.Struct("=dQ6d4q")
-
 # What stands for the address of a gradient without elements, which has none: not 0, which would mean no gradient.
 _NO_ELEMENTS = 1
-
-
-class StepLaunch(NamedTuple):
-    """What a step's launch is given. Addresses are of device memory; 0 is what is not there."""
-
-    device: int
-    stream: int
-    param_dtype: int  # a number of DTYPE_CODES
-    grad_dtype: int
-    state_dtype: int
-    laprop: bool
-    rows: int  # address of the table
-    chunk_rows: int  # address
-    chunks: int
-    ticket: int  # address
-    groups: bytes  # _PACKED_GROUP of each
-    grads: bytes  # for each row eight bytes: the gradient's address
-    grad_scale: int  # addresses of scalars of the arithmetic's type
-    found_inf: int
-    grad_norm: int
-    trust_ratios: int  # address: for each row a number of the arithmetic's type
-    statistics: int  # address: for each chunk a record of statistics.py
-    saturation: int  # address: for each chunk a stamp of saturation.py
-    squares: int  # addresses of what `Launcher.update_norms` fills: for each chunk six numbers,
-    norms: int  # for each row two
-    max_grad_norm: float
-
-
-class NormLaunch(NamedTuple):
-    """What the launch is given that sums the squares of chunks."""
-
-    device: int
-    stream: int
-    grad_dtype: int  # a number of DTYPE_CODES
-    double: bool  # the arithmetic is float64
-    rows: int  # address of the table
-    chunk_rows: int  # address
-    chunks: int
-    grads: bytes  # for each row eight bytes: the gradient's address
-    sums: int  # address: for each chunk of all launches three numbers
-
-
-class TotalLaunch(NamedTuple):
-    """What the launch is given that adds up the chunks."""
-
-    device: int
-    stream: int
-    double: bool
-    sums: int  # address
-    chunks: int
-    norm: int  # address of the result
-
-
-class Launcher(Protocol):
-    """The compiled side of a backend, as csrc/cuda/module.cpp has it. It launches on the stream that it is given."""
-
-    MAX_TENSORS: int
-    MAX_GROUPS: int
-    STEP_CHUNK: int
-    NORM_CHUNK: int
-    GRAPHS: bool  # whether its launches may be captured
-
-    def step(self, launch: StepLaunch, /) -> None: ...
-
-    def update_norms(self, launch: StepLaunch, /) -> None: ...
-
-    def norm_chunks(self, launch: NormLaunch, /) -> None: ...
-
-    def norm_total(self, launch: TotalLaunch, /) -> None: ...
 
 
 _captured: list[Tensor] = []  # what captured graphs use besides tables: learning rates, stamps
@@ -235,7 +160,7 @@ def _launch(
             its_norms = torch.zeros(len(segment.tensors), 2, dtype=dtype, device=device)
         addresses = map(_address, (*scalars, ratios, records, stamps, squares, its_norms))
         grad_scale, found_inf, grad_norm, trust_ratios, statistics, of_stamps, of_squares, of_norms = addresses
-        packed, rates = _pack([groups[g].hyper for g in members], dtype, device)
+        packed, rates = pack([groups[g].hyper for g in members], dtype, device)
         for grad_dtype in dict.fromkeys(grad.dtype for grad in its_grads if grad is not None):
             launch = StepLaunch(
                 device.index or 0,
@@ -372,36 +297,6 @@ def _none(grad: Tensor, check: Callable[[], None]) -> int:
     if grad.numel() > 0:
         check()
     return _NO_ELEMENTS
-
-
-def _pack(hypers: Sequence[Hyperparameters], dtype: torch.dtype, device: torch.device) -> tuple[bytes, list[Tensor]]:
-    """The groups' hyperparameters as bytes, and the learning rates whose addresses stand in them."""
-    packed, rates = [], []
-    for hyper in hypers:
-        lr, address = hyper.lr, 0
-        if isinstance(lr, Tensor):
-            if lr.device == device or lr.device.type != "cpu":
-                # Read there, when the kernel runs: nothing waits for it, and a captured graph sees what it is then.
-                rates.append(lr.to(device, dtype, non_blocking=True))
-                lr, address = 0.0, rates[-1].data_ptr()
-            else:
-                lr = lr.item()
-        packed.append(
-            _PACKED_GROUP.pack(
-                lr,
-                address,
-                hyper.beta1,
-                *hyper.beta2_range,
-                hyper.first_beta2,
-                hyper.eps,
-                hyper.weight_decay,
-                hyper.decoupled_weight_decay,
-                hyper.maximize,
-                hyper.eps_mode == "adam",
-                hyper.stochastic_rounding,
-            )
-        )
-    return b"".join(packed), rates
 
 
 def _copy_stand_ins(groups: Sequence[Group], table: StepTable, *, back: bool) -> None:

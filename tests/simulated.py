@@ -17,6 +17,7 @@ from ptxsim import Buffer, Device, Module, Stats
 
 from maxva_kernels import gpu
 from maxva_kernels.backends import registry
+from maxva_kernels.launch import PACKED_GROUP, NormLaunch, StepLaunch, TotalLaunch
 from maxva_kernels.statistics import FIELDS
 from maxva_kernels.tensor_table import NORM_COLUMNS, STEP_COLUMNS
 
@@ -34,7 +35,7 @@ def words(address: int, count: int, dtype: type = np.int64) -> np.ndarray:
     return np.frombuffer((ctypes.c_char * (count * np.dtype(dtype).itemsize)).from_address(address), dtype)
 
 
-def step_ranges(launch: gpu.StepLaunch) -> list[Range]:
+def step_ranges(launch: StepLaunch) -> list[Range]:
     """The memory of a step's launch; of a tensor without gradient nothing."""
     wide, tensors = SIZES[1] if launch.param_dtype == 1 else SIZES[0], len(launch.grads) // 8
     table = words(launch.rows, tensors * len(STEP_COLUMNS)).reshape(tensors, len(STEP_COLUMNS))
@@ -55,11 +56,11 @@ def step_ranges(launch: gpu.StepLaunch) -> list[Range]:
         for name in ("exp_avg", "grad_mean", "grad_var", "weight_sum", "max_denom"):
             ranges.append((f"{name}{i}", row[name], row["numel"] * SIZES[launch.state_dtype]))
         ranges.append((f"master{i}", row["master"], row["numel"] * 2))
-    rates = [address for _, address, *_ in gpu._PACKED_GROUP.iter_unpack(launch.groups)]
+    rates = [address for _, address, *_ in PACKED_GROUP.iter_unpack(launch.groups)]
     return ranges + [(f"lr{g}", address, wide) for g, address in enumerate(rates)]
 
 
-def norm_ranges(launch: gpu.NormLaunch, chunk: int) -> list[Range]:
+def norm_ranges(launch: NormLaunch, chunk: int) -> list[Range]:
     """The memory of a launch that sums the squares of chunks of that many elements."""
     wide, tensors = SIZES[1] if launch.double else SIZES[0], len(launch.grads) // 8
     table = words(launch.rows, tensors * len(NORM_COLUMNS)).reshape(tensors, len(NORM_COLUMNS))
@@ -72,7 +73,7 @@ def norm_ranges(launch: gpu.NormLaunch, chunk: int) -> list[Range]:
     return ranges
 
 
-def total_ranges(launch: gpu.TotalLaunch) -> list[Range]:
+def total_ranges(launch: TotalLaunch) -> list[Range]:
     """The memory of the launch that adds up the chunks."""
     wide = SIZES[1] if launch.double else SIZES[0]
     return [("sums", launch.sums, launch.chunks * SUMS * wide), ("norm", launch.norm, wide)]

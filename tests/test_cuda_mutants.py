@@ -25,6 +25,7 @@ from twins import at_offset
 from maxva_kernels import gpu
 from maxva_kernels.backends import cpu
 from maxva_kernels.groups import Group, Hyperparameters, Scaling, TensorLists
+from maxva_kernels.launch import DTYPE_CODES, PACKED_GROUP, StepLaunch, pack
 from maxva_kernels.tensor_table import STEP_COLUMNS, make_step_table
 
 pytestmark = [needs_compilers, needs_cpu_kernels, pytest.mark.simulated]
@@ -190,11 +191,11 @@ class Scenario:
         self.table = make_step_table(self.groups, CHUNK, 2900, 64)
         ((_, state_dtype, segment, _),) = self.table.segments
         self.ticket = segment._memory[(segment.ticket - segment.rows) // 8]
-        packed, _ = gpu._pack([group.hyper for group in self.groups], torch.float32, torch.device("cpu"))
+        packed, _ = pack([group.hyper for group in self.groups], torch.float32, torch.device("cpu"))
         self.rates = torch.tensor([group.hyper.lr for group in self.groups])
         if rates_by_address:
-            each = enumerate(gpu._PACKED_GROUP.iter_unpack(packed))
-            packed = b"".join(gpu._PACKED_GROUP.pack(7.0, self.rates[g:].data_ptr(), *rest[2:]) for g, rest in each)
+            each = enumerate(PACKED_GROUP.iter_unpack(packed))
+            packed = b"".join(PACKED_GROUP.pack(7.0, self.rates[g:].data_ptr(), *rest[2:]) for g, rest in each)
         all_grads = [grad for group in self.groups for grad in group.tensors.grads]
         grads = np.frombuffer(gpu._addresses(all_grads, self.grad_dtype, lambda: None), np.uint64).copy()
         if skipped:
@@ -213,8 +214,8 @@ class Scenario:
         if ratios is not None:  # as the kernel takes them; kept
             ratios = self.ratios = ratios.to(torch.float64 if self.param_dtype == torch.float64 else torch.float32)
         scalars = (self.scaling.grad_scale, self.scaling.found_inf, self.scaling.grad_norm)
-        self.launch = gpu.StepLaunch(
-            *(0, 0, *(gpu.DTYPE_CODES[d] for d in (self.param_dtype, self.grad_dtype, state_dtype)), self.laprop),
+        self.launch = StepLaunch(
+            *(0, 0, *(DTYPE_CODES[d] for d in (self.param_dtype, self.grad_dtype, state_dtype)), self.laprop),
             *(segment.rows, segment.chunk_rows, segment.chunks, segment.ticket, packed, grads.tobytes()),
             *(0 if scalar is None else scalar.data_ptr() for scalar in scalars),
             *(0 if ratios is None else ratios.data_ptr(), 0),  # no statistics
@@ -279,7 +280,7 @@ def scenarios(variant: tuple[torch.dtype, torch.dtype, bool]) -> list[Scenario]:
 def entry_alone(variant: tuple[torch.dtype, torch.dtype, bool]) -> tuple[str, str, str]:
     """The source's name, its PTX without other kernels, which makes parsing cheap, and the kernel's name in it."""
     param_dtype, grad_dtype, laprop = variant
-    source, name = step_entry(*(gpu.DTYPE_CODES[d] for d in (param_dtype, grad_dtype, torch.float32)), laprop)
+    source, name = step_entry(*(DTYPE_CODES[d] for d in (param_dtype, grad_dtype, torch.float32)), laprop)
     mangled = module(source)[1][name]
     head, *entries = re.split(r"(?=^\.visible \.entry)", ptx(source), flags=re.M)
     return source, head + next(text for text in entries if re.match(rf"\.visible \.entry {mangled}\b", text)), mangled

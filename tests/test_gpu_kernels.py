@@ -24,7 +24,8 @@ from simulated import Simulation
 from simulated_cuda import CSRC, bridge, constant, needs_compilers, step_entry
 from twins import step_both, with_twin
 
-from maxva_kernels import LaMAdam, MAdam, gpu
+from maxva_kernels import LaMAdam, MAdam
+from maxva_kernels.launch import DTYPE_CODES, PACKED_GROUP
 from maxva_kernels.tensor_table import NORM_COLUMNS, STEP_COLUMNS
 
 pytestmark = needs_cpu_kernels
@@ -59,7 +60,7 @@ def test_every_variant_gives_the_cpus_bits(algorithm, param_dtype, grad_dtype, s
     taken = param_dtype if torch.float64 in (param_dtype, grad_dtype) else grad_dtype
     state = state_dtype or (torch.float64 if param_dtype == torch.float64 else torch.float32)
     stepped = torch.float32 if (param_dtype, option) == (torch.float16, "master_weights") else param_dtype
-    _, entry = step_entry(*(gpu.DTYPE_CODES[dtype] for dtype in (stepped, taken, state)), algorithm is LaMAdam)
+    _, entry = step_entry(*(DTYPE_CODES[dtype] for dtype in (stepped, taken, state)), algorithm is LaMAdam)
     assert {launch.kernel for launch in simulated.launches if launch.kernel.startswith("step")} == {entry}
 
 
@@ -259,10 +260,10 @@ def test_learning_rate_on_the_device(dtype, simulated):
 
     def step_with_rates_in_memory(launch):
         packed, rates = [], []
-        for lr, address, *others in gpu._PACKED_GROUP.iter_unpack(launch.groups):
+        for lr, address, *others in PACKED_GROUP.iter_unpack(launch.groups):
             assert address == 0
             rates.append(torch.tensor(lr, dtype=wide))
-            packed.append(gpu._PACKED_GROUP.pack(torch.nan, rates[-1].data_ptr(), *others))
+            packed.append(PACKED_GROUP.pack(torch.nan, rates[-1].data_ptr(), *others))
         step(launch._replace(groups=b"".join(packed)))
         for g, rate in enumerate(rates):
             assert simulated.launches[-1].bytes_of("ld", f"lr{g}") >= rate.element_size()
@@ -293,11 +294,11 @@ def test_python_and_cpp_agree_on_the_structs():
     assert tuple(_fields(launch_h, "NormRow")) == NORM_COLUMNS
     assert constant("step_row_bytes") == 8 * len(STEP_COLUMNS)
     assert constant("norm_row_bytes") == 8 * len(NORM_COLUMNS)
-    assert constant("packed_group_bytes") == gpu._PACKED_GROUP.size == 8 * len(_fields(arguments_h, "PackedGroup"))
+    assert constant("packed_group_bytes") == PACKED_GROUP.size == 8 * len(_fields(arguments_h, "PackedGroup"))
 
 
 def test_python_and_cpp_agree_on_the_dtypes():
     """Guards the numbers that choose a kernel."""
     names = re.search(r"enum class DType : int \{ (.*) \}", (CSRC / "dtype.h").read_text())[1].split(", ")
     dtypes = {"kFloat": "float32", "kDouble": "float64", "kHalf": "float16", "kBFloat16": "bfloat16"}
-    assert {getattr(torch, dtypes[name]): code for code, name in enumerate(names)} == gpu.DTYPE_CODES
+    assert {getattr(torch, dtypes[name]): code for code, name in enumerate(names)} == DTYPE_CODES

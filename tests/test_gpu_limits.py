@@ -10,8 +10,9 @@ import torch
 from cases import BASE, assert_same_bits, bits, make_params, needs_cpu_kernels, set_grads
 from twins import at_offset, step_both, with_twin
 
-from maxva_kernels import LaMAdam, MAdam, functional, gpu, rounding
+from maxva_kernels import LaMAdam, MAdam, functional, rounding
 from maxva_kernels.groups import MOMENTS, Hyperparameters
+from maxva_kernels.launch import DTYPE_CODES, StepLaunch, pack
 
 pytestmark = needs_cpu_kernels
 
@@ -108,14 +109,14 @@ def test_as_many_groups_as_there_is_room_for(groups, launches, simulate_cuda):
 
 def test_mixed_dtypes(simulated):
     """Guards the launch for each pair of dtypes: it must leave the other gradients' tensors alone."""
-    params = [make_params((700, 5), dtype, seed=s)[s % 2] for dtype in gpu.DTYPE_CODES for s in range(4)]
+    params = [make_params((700, 5), dtype, seed=s)[s % 2] for dtype in DTYPE_CODES for s in range(4)]
     pair = with_twin(LaMAdam(params, backend=simulated.backend, **BASE, max_grad_norm=1.0))
     for step in range(2):
         for optimizer in pair:
             set_grads(optimizer.param_groups[0]["params"], step)
             for i, param in enumerate(optimizer.param_groups[0]["params"]):
                 param.grad_dtype = None
-                param.grad = None if i == 6 else param.grad.to(list(gpu.DTYPE_CODES)[i % 4])
+                param.grad = None if i == 6 else param.grad.to(list(DTYPE_CODES)[i % 4])
             optimizer.step()
     assert_same_bits(*pair)
     kernels = [launch.kernel for launch in simulated.launches]
@@ -167,9 +168,9 @@ def test_indices_beyond_32_bits(param_dtype, grad_dtype, state, offset, grad_off
     addresses = [first[name] for name in ("param", *MOMENTS)]
     row = torch.tensor([*addresses, 0, steps[:1].data_ptr(), numel, 0, -before, KEY, 0])
     chunk_rows, ticket = torch.zeros(chunks, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
-    packed, _ = gpu._pack([Hyperparameters(**BASE)], wide, torch.device("cpu"))
-    launch = gpu.StepLaunch(
-        0, 0, *(gpu.DTYPE_CODES[dtype] for dtype in (param_dtype, grad_dtype, state)), False,
+    packed, _ = pack([Hyperparameters(**BASE)], wide, torch.device("cpu"))
+    launch = StepLaunch(
+        0, 0, *(DTYPE_CODES[dtype] for dtype in (param_dtype, grad_dtype, state)), False,
         row.data_ptr(), chunk_rows.data_ptr(), chunks, ticket.data_ptr(),
         packed, array("Q", [first["grad"] % 2**64]).tobytes(), *[0] * 8, -1.0,
     )  # fmt: skip

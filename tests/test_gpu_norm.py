@@ -11,7 +11,8 @@ from cases import DTYPES, bits, make_params, needs_cpu_kernels
 from simulated import Simulation
 from twins import at_offset
 
-from maxva_kernels import functional, gpu
+from maxva_kernels import functional
+from maxva_kernels.launch import DTYPE_CODES, NormLaunch, TotalLaunch
 
 pytestmark = needs_cpu_kernels
 
@@ -197,6 +198,6 @@ def test_indices_beyond_32_bits(dtype, offset, chunks, numel, simulated):
     address = array("Q", [(far.data_ptr() - start * far.element_size()) % 2**64]).tobytes()
     double = wide == torch.float64
     cut = (row.data_ptr(), chunk_rows.data_ptr(), chunks)
-    simulated.norm_chunks(gpu.NormLaunch(0, 0, gpu.DTYPE_CODES[dtype], double, *cut, address, sums.data_ptr()))
-    simulated.norm_total(gpu.TotalLaunch(0, 0, double, sums.data_ptr(), chunks, norm.data_ptr()))
+    simulated.norm_chunks(NormLaunch(0, 0, DTYPE_CODES[dtype], double, *cut, address, sums.data_ptr()))
+    simulated.norm_total(TotalLaunch(0, 0, double, sums.data_ptr(), chunks, norm.data_ptr()))
     assert torch.equal(norm, functional.grad_norm([far], backend="cpu"))

@@ -13,6 +13,7 @@ from cases import DTYPES, bits
 from twins import at_offset
 
 from maxva_kernels import gpu
+from maxva_kernels.launch import DTYPE_CODES, NormLaunch
 from maxva_kernels.tensor_table import make_norm_table
 
 LANES, CHUNK = 1024, 16 * 1024
@@ -78,7 +79,7 @@ def test_sums_follow_the_rule(offset, dtype, twice, orders, simulated):
     sums = torch.full((table.chunks, 3), torch.nan, dtype=wide)
     addresses = gpu._addresses([grads[i] for i in segment.tensors], dtype, lambda: None)
     where = (segment.rows, segment.chunk_rows, segment.chunks, addresses, sums.data_ptr())
-    simulated.norm_chunks(gpu.NormLaunch(0, 0, gpu.DTYPE_CODES[dtype], twice, *where))
+    simulated.norm_chunks(NormLaunch(0, 0, DTYPE_CODES[dtype], twice, *where))
     chunks = [chunk.to(wide) for grad in grads if grad.numel() for chunk in grad.split(CHUNK)]
     with np.errstate(all="ignore"):
         expected = torch.stack([sums_by_the_rule(chunk) for chunk in chunks])

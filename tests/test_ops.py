@@ -6,7 +6,8 @@ import pytest
 import torch
 from cases import make_params, needs_cpu_kernels, set_grads
 
-from maxva_kernels import _ops, gpu
+from maxva_kernels import _ops
+from maxva_kernels.launch import DTYPE_CODES, PACKED_GROUP, NormLaunch, StepLaunch, TotalLaunch
 
 pytestmark = needs_cpu_kernels
 
@@ -86,13 +87,13 @@ def test_compiled_module_takes_what_the_host_composes():
     """Guards the formats by which csrc/cuda/module.cpp reads a launch: without a GPU it comes as far as asking for one,
     and says so as an error that can be caught."""
     module = _ops.module("_C_cuda")
-    step = gpu.StepLaunch(0, 0, 0, 0, 0, False, 1, 1, 1, 1, bytes(gpu._PACKED_GROUP.size), bytes(8), *[0] * 8, -1.0)
-    norm_chunks = gpu.NormLaunch(0, 0, 0, False, 1, 1, 1, bytes(8), 1)
-    norm_total = gpu.TotalLaunch(0, 0, False, 1, 1, 1)
+    step = StepLaunch(0, 0, 0, 0, 0, False, 1, 1, 1, 1, bytes(PACKED_GROUP.size), bytes(8), *[0] * 8, -1.0)
+    norm_chunks = NormLaunch(0, 0, 0, False, 1, 1, 1, bytes(8), 1)
+    norm_total = TotalLaunch(0, 0, False, 1, 1, 1)
     for function, launch in (
         (module.step, step),
         (module.step, step._replace(statistics=1)),
-        (module.step, step._replace(state_dtype=gpu.DTYPE_CODES[torch.bfloat16])),
+        (module.step, step._replace(state_dtype=DTYPE_CODES[torch.bfloat16])),
         (module.update_norms, step),
         (module.norm_chunks, norm_chunks),
         (module.norm_total, norm_total),

@@ -18,7 +18,8 @@ from cases import ALGORITHMS, BASE, make_params, needs_cpu_kernels, run
 from sass import Code, needs_cuobjdump, read
 from simulated_triton import SimulatedTriton, compiled, install_triton, needs_triton
 
-from maxva_kernels import MAdam, gpu
+from maxva_kernels import MAdam
+from maxva_kernels.launch import PACKED_GROUP
 
 pytestmark = needs_triton
 
@@ -169,7 +170,7 @@ def test_packed_groups_are_read_as_they_were_packed():
     """Guards the second description of a packed group, which stands in the launcher."""
     from maxva_kernels.triton_kernels import launcher
 
-    assert launcher._PACKED_GROUP.format == gpu._PACKED_GROUP.format
+    assert launcher._PACKED_GROUP.format == PACKED_GROUP.format
 
 
 def test_one_compilation_whatever_the_values():
@@ -187,7 +188,7 @@ def test_hyperparameters_beyond_float32():
     """Guards against an exception where C++ stores an infinity."""
     from maxva_kernels.triton_kernels.launcher import _hyperparameters
 
-    packed = gpu._PACKED_GROUP.pack(0.1, 0, 0.9, 0.5, 0.999, 0.999, 1e300, 0.0, 1, 0, 0, 0)
+    packed = PACKED_GROUP.pack(0.1, 0, 0.9, 0.5, 0.999, 0.999, 1e300, 0.0, 1, 0, 0, 0)
     _, values = _hyperparameters(packed, 1.0, False)
     assert torch.frombuffer(bytearray(values), dtype=torch.float32)[1] == torch.inf
 

@@ -22,7 +22,7 @@ from .update_norm import update_chunks_kernel, update_total_kernel
 # By the codes of csrc/dtype.h.
 _TYPES = {0: tl.float32, 1: tl.float64, 2: tl.float16, 3: tl.bfloat16}
 
-# As maxva_kernels/gpu.py packs a group: lr and its address, six coefficients, four modes.
+# As maxva_kernels/launch.py packs a group: lr and its address, six coefficients, four modes.
 _PACKED_GROUP = struct.Struct("=dQ6d4q")
 
 _GROUP_VALUES = 10
@@ -40,7 +40,7 @@ _STAGED = 1 << 16
 
 
 class TritonLauncher:
-    """Implements `maxva_kernels.gpu.Launcher`; addresses are of memory of the device."""
+    """Implements `maxva_kernels.launch.Launcher`; addresses are of memory of the device."""
 
     # One launch takes any number of tensors and groups.
     MAX_TENSORS = 1 << 30
@@ -56,7 +56,7 @@ class TritonLauncher:
         self._captured: list[torch.Tensor] = []  # what captured graphs copy from at each replay
 
     def step(self, launch: Any, /) -> None:
-        """Launches one step (`maxva_kernels.gpu.StepLaunch`) on the device's current stream."""
+        """Launches one step (`maxva_kernels.launch.StepLaunch`) on the device's current stream."""
         _sent, grads, integers, values, max_norm = self._send_step(launch)  # kept until the launch
         self.run(
             step_kernel,

@@ -18,7 +18,8 @@ from torch.nn import Parameter
 from gpu_check import machine, same_bits
 from maxva_kernels import LaMAdam, MAdam, functional
 from maxva_kernels.backends import cuda
-from maxva_kernels.gpu import DTYPE_CODES, NormLaunch, current_stream
+from maxva_kernels.gpu import current_stream
+from maxva_kernels.launch import DTYPE_CODES, NormLaunch
 from maxva_kernels.tensor_table import make_norm_table
 
 SIZES = (0, 1, 7, 513, 8193, 16_390)

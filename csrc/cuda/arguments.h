@@ -8,7 +8,7 @@
 
 namespace maxva::cuda {
 
-// A parameter group as maxva_kernels/gpu.py packs it: eight bytes for each field.
+// A parameter group as maxva_kernels/launch.py packs it: eight bytes for each field.
 struct PackedGroup {
   double lr;
   uint64_t lr_address;  // of a device scalar in place of lr, or 0

@@ -103,7 +103,7 @@ PyObject* guarded(Body body) {
   Py_RETURN_NONE;
 }
 
-// A maxva_kernels.gpu.StepLaunch.
+// A maxva_kernels.launch.StepLaunch.
 struct ParsedStep {
   int device, laprop;
   unsigned long long stream;
@@ -220,9 +220,10 @@ PyObject* probe(PyObject*, PyObject* args) {
 }
 
 PyMethodDef methods[] = {
-    {"step", step, METH_O, "step(launch)\n\nLaunches one step, given as a maxva_kernels.gpu.StepLaunch."},
+    {"step", step, METH_O, "step(launch)\n\nLaunches one step, given as a maxva_kernels.launch.StepLaunch."},
     {"update_norms", update_norms, METH_O,
-     "update_norms(launch)\n\nLaunches the norms of parameters and updates, given as a maxva_kernels.gpu.StepLaunch."},
+     "update_norms(launch)\n\nLaunches the norms of parameters and updates, given as a "
+     "maxva_kernels.launch.StepLaunch."},
     {"norm_chunks", norm_chunks, METH_O,
      "norm_chunks(launch)\n\nLaunches the sums of squares of chunks, given as a NormLaunch."},
     {"norm_total", norm_total, METH_O,

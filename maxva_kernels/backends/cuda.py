@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _ops, build_record, gpu
 from ..groups import Group, Scaling, with_gradients
+from ..launch import Launcher
 from ..saturation import Saturation
 from ..statistics import Recorder
 
@@ -43,7 +44,7 @@ def _why_not_device(index: int) -> str | None:
     return None
 
 
-class _Launcher(gpu.Launcher):
+class _Launcher(Launcher):
     def probe(self, device: int, /) -> None:
         """Raises RuntimeError if the kernels cannot run on that device."""
 

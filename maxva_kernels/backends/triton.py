@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _ops, build_record, gpu
 from ..groups import Group, Scaling, with_gradients
+from ..launch import Launcher
 from ..saturation import Saturation
 from ..statistics import Recorder
 
@@ -46,7 +47,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 @functools.cache
-def _launcher() -> gpu.Launcher:
+def _launcher() -> Launcher:
     from ..triton_kernels.launcher import TritonLauncher
 
     return TritonLauncher()
