@@ -64,10 +64,6 @@ bool is_supported(ScalarType dtype) {
          dtype == ScalarType::Double;
 }
 
-bool same_ints(IntHeaderOnlyArrayRef a, IntHeaderOnlyArrayRef b) {
-  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
-}
-
 bool same_strides(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef a, IntHeaderOnlyArrayRef b) {
   for (size_t i = 0; i < sizes.size(); ++i) {
     if (sizes[i] > 1 && a[i] != b[i]) {
@@ -104,22 +100,6 @@ void check_memory(const Named& named) {
               " has no memory: its storage was freed; pass the tensor that is used in its place");
 }
 
-// No gaps and no overlaps: the elements are exactly `numel` places in memory.
-bool is_dense(const Tensor& tensor) {
-  if (tensor.is_contiguous() || tensor.numel() == 0) {
-    return true;
-  }
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  int64_t expected = 1;
-  for (size_t i : memory_order(sizes, strides)) {
-    if (strides[i] != expected) {
-      return false;
-    }
-    expected *= sizes[i];
-  }
-  return true;
-}
-
 // Sufficient for distinct places: every stride exceeds what the dimensions below it span.
 bool may_overlap(const Tensor& tensor) {
   if (tensor.is_contiguous() || tensor.numel() == 0) {
@@ -136,6 +116,7 @@ bool may_overlap(const Tensor& tensor) {
   return false;
 }
 
+// Strides without gaps in the same order of dimensions.
 std::vector<int64_t> dense_strides(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   std::vector<int64_t> strides(sizes.size(), 1);
@@ -145,6 +126,12 @@ std::vector<int64_t> dense_strides(const Tensor& tensor) {
     stride *= sizes[i];
   }
   return strides;
+}
+
+// No gaps and no overlaps: the elements are exactly `numel` places in memory.
+bool is_dense(const Tensor& tensor) {
+  return tensor.is_contiguous() || tensor.numel() == 0 ||
+         same_strides(tensor.sizes(), tensor.strides(), dense_strides(tensor));
 }
 
 Tensor empty_strided_like(const Tensor& tensor, const int64_t* strides) {
@@ -204,7 +191,7 @@ void check_master(const Named& master, const Named& param) {
 }
 
 void check_like(const Named& tensor, const Named& param) {
-  MAXVA_CHECK(same_ints(tensor.tensor.sizes(), param.tensor.sizes()), describe(tensor), " must have the shape of ",
+  MAXVA_CHECK(tensor.tensor.sizes().equals(param.tensor.sizes()), describe(tensor), " must have the shape of ",
               describe(param));
   MAXVA_CHECK(same_device(tensor.tensor, param.tensor), describe(tensor), " must be on the device of ", describe(param),
               "; move it there");

@@ -126,10 +126,11 @@ Work prepare(const StepArguments& a) {
   return work;
 }
 
-// Takes the norm of each tensor and of its update: chunks side by side, then each tensor's chunks in order.
+// Takes the norm of each tensor whose arithmetic is T, and of its update: chunks side by side, then each tensor's
+// chunks in order.
 template <typename T>
-void take_norms(const Work& work, UpdateSquares<T> (*squares_of)(const TensorStep&, int64_t, int64_t), bool twice,
-                double* norms) {
+void take_norms(const Work& work, UpdateSquares<T> (*squares_of)(const TensorStep&, int64_t, int64_t), double* norms) {
+  constexpr bool kTwice = sizeof(T) == sizeof(double);
   struct Chunk {
     int64_t place;
     const TensorStep* tensor;
@@ -140,7 +141,7 @@ void take_norms(const Work& work, UpdateSquares<T> (*squares_of)(const TensorSte
   for (size_t i = 0; i < work.tensors.size(); ++i) {
     const int64_t count = work.ends[i] - (i == 0 ? 0 : work.ends[i - 1]);
     const bool is_twice = work.tensors[i].param_dtype == DType::kDouble;
-    for (int64_t begin = 0; begin < count && is_twice == twice; begin += kStepChunk) {
+    for (int64_t begin = 0; begin < count && is_twice == kTwice; begin += kStepChunk) {
       const int64_t end = std::min(begin + kStepChunk, count);
       chunks.push_back({total, &work.tensors[i], begin, end});
       total += end - begin;
@@ -213,8 +214,8 @@ void step(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Ten
   Work work = prepare(arguments);
   if (arguments.update_norms) {
     auto* norms = static_cast<double*>(arguments.update_norms->mutable_data_ptr());
-    take_norms(work, kernels().update_squares, false, norms);
-    take_norms(work, kernels().update_squares_double, true, norms);
+    take_norms(work, kernels().update_squares, norms);
+    take_norms(work, kernels().update_squares_double, norms);
     return;
   }
   for_pieces(work.total(), kGrain, [&](int64_t begin, int64_t end) { work.walk(begin, end); });

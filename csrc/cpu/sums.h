@@ -2,30 +2,22 @@
 #pragma once
 
 #include <cstddef>
-#include <vector>
 
-#include "norm.h"
+#include "cpu/square_lanes.h"
 
 namespace maxva::cpu {
 
 // The sums of `count` chunks, reduced by the rule that reduced each chunk, see Note [Deterministic norm].
 template <typename T>
 SumOfSquares<T> add_up(const SumOfSquares<T>* sums, size_t count) {
-  std::vector<SumOfSquares<T>> lanes(kNormLanes, SumOfSquares<T>{0, 0, 0});
-  const auto add = [](SumOfSquares<T>& to, const SumOfSquares<T>& from) {
-    to.large += from.large;
-    to.medium += from.medium;
-    to.small += from.small;
-  };
+  SquareLanes<T> lanes;
   for (size_t i = 0; i < count; ++i) {
-    add(lanes[i % kNormLanes], sums[i]);
+    const size_t lane = i % kNormLanes;
+    lanes.large[lane] += sums[i].large;
+    lanes.medium[lane] += sums[i].medium;
+    lanes.small[lane] += sums[i].small;
   }
-  for (int64_t stride = kNormLanes / 2; stride > 0; stride /= 2) {
-    for (int64_t lane = 0; lane < stride; ++lane) {
-      add(lanes[lane], lanes[lane + stride]);
-    }
-  }
-  return lanes[0];
+  return lanes.sum();
 }
 
 }  // namespace maxva::cpu
