@@ -18,7 +18,7 @@ from maxva_build_commands import commands, extensions  # noqa: E402
 from maxva_build_plan import Facts, gather_facts, plan, requested_mode  # noqa: E402
 
 mode = requested_mode(os.environ)
-facts = Facts() if mode == "python" else gather_facts(ROOT, os.environ)
+facts = Facts() if mode == "python" else gather_facts(os.environ)
 decision = plan(mode, facts, os.environ.get("TORCH_CUDA_ARCH_LIST"))
 ext_modules = extensions(ROOT, decision, facts)
 

@@ -43,7 +43,6 @@ class Facts:
     nvcc: tuple[int, int] | None = None  # release of the nvcc in cuda_home
     no_nvcc: str | None = None  # counts where `nvcc` is None
     gpu: bool = False  # torch sees a GPU
-    cuda_sources: bool = True  # this tree has CUDA kernels
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,6 @@ def plan(mode: str, facts: Facts, arch_list: str | None = None) -> Plan:
 
 def _no_cuda(facts: Facts) -> str | None:
     """The first thing that stands between this machine and the CUDA kernels."""
-    if not facts.cuda_sources:
-        return "this source tree has no CUDA kernels (csrc/cuda)"
     if facts.no_torch or facts.no_compiler:
         return facts.no_torch or facts.no_compiler
     if facts.torch_cuda is None:
@@ -137,9 +134,9 @@ def default_archs(nvcc: tuple[int, int]) -> str:
     return "7.5;8.0;9.0;10.0;12.0+PTX" if nvcc >= (12, 8) else "7.5;8.0;9.0+PTX"
 
 
-def gather_facts(root: Path, env: Mapping[str, str]) -> Facts:
+def gather_facts(env: Mapping[str, str]) -> Facts:
     """Look at the machine. Imports torch, and runs nvcc where torch was built for CUDA."""
-    facts = Facts(no_compiler=no_compiler(env), cuda_sources=bool(sources(root, CUDA_SOURCES)))
+    facts = Facts(no_compiler=no_compiler(env))
     try:
         import torch
 

@@ -48,9 +48,9 @@ def may_overlap(tensor: Tensor) -> bool:
     return False
 
 
-def empty_with(strides: Sequence[int], tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory for the tensor's elements in another order or dtype."""
-    return torch.empty_strided(tensor.shape, strides, dtype=dtype or tensor.dtype, device=tensor.device)
+def empty_with(strides: Sequence[int], tensor: Tensor) -> Tensor:
+    """Uninitialised memory for the tensor's elements in another order."""
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
 
 
 def dense(tensor: Tensor) -> Tensor:

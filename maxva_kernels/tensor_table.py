@@ -55,9 +55,9 @@ class Segment:
         self.chunk_rows = self.ticket + 8
         self._index: Tensor | None = None
 
-    def is_part(self, device: torch.device) -> None:
+    def is_part(self) -> None:
         """There are other segments: the rows of this one are some of all."""
-        self._index = torch.tensor(self.tensors, device="cpu").to(device, non_blocking=True)
+        self._index = torch.tensor(self.tensors, device="cpu").to(self._memory.device, non_blocking=True)
 
     def rows_of(self, values: Tensor) -> Tensor:
         """What of values for all tensors belongs to the rows."""
@@ -76,7 +76,7 @@ class StepTable:
     """The tables of one step: for each pair of dtypes, a parameter's and its state's, as many segments as it takes
     launches."""
 
-    # And which groups it has.
+    # The two dtypes, what the launch walks, and the groups it has.
     segments: list[tuple[torch.dtype, torch.dtype, Segment, range]] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)  # of each parameter
     strides: list[tuple[int, ...]] = field(default_factory=list)  # in which its operands must lie
@@ -162,7 +162,7 @@ def make_step_table(groups: Sequence[Group], chunk: int, max_tensors: int, max_g
             table.segments.append((*pair, segment, range(first_group, group_of[taken[-1]] + 1)))
     if len(table.segments) > 1:
         for *_, segment, _ in table.segments:
-            segment.is_part(params[0].device)
+            segment.is_part()
     return table
 
 

@@ -29,7 +29,6 @@ OBSTACLES = [
     pytest.param({"nvcc": (14, 0)}, None, "nvcc 14.0 in /opt/cuda cannot build for torch", id="newer major"),
     pytest.param({"nvcc": (13, 2)}, None, None, id="other minor"),
     pytest.param({"nvcc": (12, 0), "torch_cuda": "12.6"}, None, "nvcc 12.0 in /opt/cuda is too old", id="before 12.1"),
-    pytest.param({"cuda_sources": False}, None, "no CUDA kernels (csrc/cuda)", id="no CUDA sources"),
     pytest.param({}, None, None, id="nothing missing"),
 ]
 
@@ -173,7 +172,7 @@ def test_missing_compiler_is_named(tmp_path):
 def test_broken_torch_is_named(broken, monkeypatch):
     """Guards against a traceback from a half-removed torch, of which a folder may be left that Python takes for it."""
     monkeypatch.setitem(sys.modules, "torch", broken)
-    assert "torch cannot be imported by the build" in build.gather_facts(ROOT, {}).no_torch
+    assert "torch cannot be imported by the build" in build.gather_facts({}).no_torch
 
 
 @pytest.mark.parametrize(

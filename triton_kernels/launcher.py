@@ -25,8 +25,6 @@ _TYPES = {0: tl.float32, 1: tl.float64, 2: tl.float16, 3: tl.bfloat16}
 # As maxva_kernels/launch.py packs a group: lr and its address, six coefficients, four modes.
 _PACKED_GROUP = struct.Struct("=dQ6d4q")
 
-_GROUP_VALUES = 10
-
 # No contraction: results are those of the other backends, bit for bit.
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 # A step's programs for each multiprocessor: twice as many as fit it.
@@ -114,7 +112,7 @@ class TritonLauncher:
         grads_at = sent.data_ptr()
         integers_at = grads_at + len(launch.grads)
         values_at = integers_at + len(integers)
-        max_norm_at = values_at + len(launch.groups) // _PACKED_GROUP.size * _GROUP_VALUES * (8 if double else 4)
+        max_norm_at = values_at + len(values) - 2 * (8 if double else 4)  # the last but one
         return sent, grads_at, integers_at, values_at, max_norm_at
 
     def norm_chunks(self, launch: Any, /) -> None:
@@ -179,8 +177,8 @@ def _processors(device: int) -> int:
 
 
 def _hyperparameters(groups: bytes, max_grad_norm: float, double: bool) -> tuple[bytes, bytes]:
-    """What the kernel reads of the groups: six int64 each, and _GROUP_VALUES numbers of the arithmetic's type each;
-    after these max_grad_norm. csrc/maxva.h (make_hyperparameters) computes the same."""
+    """What the kernel reads of the groups: six int64 each, and ten numbers of the arithmetic's type each; after
+    these max_grad_norm. A 0 fills words of 8 bytes. csrc/maxva.h (make_hyperparameters) computes the same."""
     integers, values = array("q"), array("d")
     for group in _PACKED_GROUP.iter_unpack(groups):
         lr, lr_address, alpha, lower, upper, first, eps, weight_decay, decoupled, maximize, adam_eps, rounds = group
