@@ -81,7 +81,7 @@ def madam_(
 
     Raises:
         ValueError: a hyperparameter is out of range, or there is no such backend.
-        TypeError: a hyperparameter is no number.
+        TypeError: a hyperparameter that must be a number is not one.
         RuntimeError: a tensor does not fit, or the backend cannot run on its device. Nothing has been changed.
     """
     _single_group(False, **locals())

@@ -81,7 +81,7 @@ _ARGUMENTS = """
 
     Raises:
         ValueError: an argument is out of range.
-        TypeError: one that must be a number is none.
+        TypeError: an argument that must be a number is not one.
         RuntimeError: a parameter cannot be optimised, or the backend cannot run on its device.
 """
 
@@ -194,8 +194,8 @@ class _MaxVA(Optimizer):
         fresh: list[tuple[Tensor, str | None]] = []
         try:
             groups = gather(self.param_groups, self.state, fresh)
-            wholes = whole_masters(self.param_groups, self.state)
-            renew_masters(*wholes)  # also before a step that is refused: what others wrote is the weight now
+            masters = whole_masters(self.param_groups, self.state)
+            renew_masters(*masters)  # also before a step that is refused: what others wrote is the weight now
             functional.step_groups(
                 groups,
                 laprop=self._laprop,
@@ -213,7 +213,7 @@ class _MaxVA(Optimizer):
                 listed = partial(owners_of, self.param_groups, self.state)
                 raise RuntimeError(name_parameter(str(error), listed)) from error
             raise
-        round_masters(*wholes)
+        round_masters(*masters)
         self._told.recorder = recorder
         return loss
 
