@@ -434,6 +434,27 @@ def test_junit_is_counted(tmp_path):
     assert counts["reasons of skips"] == {"no GPU": 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_deviate_from_their_mean(dtype, monkeypatch):
+    """Guards against a measurement of divisions of 0 by 0 in every coordinate, which take a GPU's kernels another way
+    than training does, to which gradients that never change led."""
+    kernels = registry._MODULES[registry.select("auto", torch.device("cpu")).NAME]
+    monkeypatch.setitem(registry._MODULES, "cuda", kernels)
+    monkeypatch.setattr(registry, "_selected", {})
+    torch.manual_seed(0)
+    entered = contenders.ours([(300, 100), (64,)], dtype, torch.device("cpu"), reference=False)
+    for contender in entered:
+        for _ in range(2 * (3 + 25)):  # two backends, whose turns these are
+            contender.step()
+    optimizers = {id(its): its for its in (contender.step.func.__defaults__[0] for contender in entered)}
+    assert len(optimizers) == (6 if dtype == torch.float32 else 10)
+    for optimizer in optimizers.values():
+        same = torch.cat(
+            [(param.grad == state["grad_mean"]).flatten() for param, state in optimizer.state.items()]
+        ).double()
+        assert same.mean() < 0.001
+
+
 def test_figures():
     """Guards the arithmetic of the table: 44 bytes a parameter in 2 ms, beside a copy of 8 MB in 4 ms."""
     entered = [

@@ -23,6 +23,7 @@ from stepbench.contenders import (
     Missing,
     bandwidths,
     bytes_of,
+    first_step,
     make_params,
     saturate,
     traffic,
@@ -55,7 +56,7 @@ def ours(
             optimizer.backend, optimizer.max_grad_norm = backend, max_grad_norm
             optimizer.step()
 
-        step(backends[0], None)
+        first_step(params, partial(step, backends[0], None))
         moved, tensors = traffic(params, optimizer)
         if "saturated" in kind:
             moved -= saturate(optimizer)

@@ -134,6 +134,16 @@ def traffic(params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimiz
     return 2 * written + read, written + read
 
 
+def first_step(params: Params, step: Callable[[], object]) -> None:
+    """The step that makes the state. Its gradients are the opposites of all that follow, which are always the same:
+    else nothing would deviate from the mean, and a quotient of every coordinate be 0 by 0, which a GPU's kernels have a
+    way of their own for."""
+    grads = [param.grad for param in params if param.grad is not None]
+    torch._foreach_neg_(grads)
+    step()
+    torch._foreach_neg_(grads)
+
+
 def saturate(optimizer: torch.optim.Optimizer) -> int:
     """Has MAdam find that all its w are 1, as after some thousand steps; the bytes that a step then leaves alone."""
     weight_sums = []
@@ -166,8 +176,8 @@ def taking_turns(name: str, make: Make, sets: Sequence[Params], options: Options
         return clipped
 
     steps = [stepper(*pair) for pair in zip(sets, optimizers, strict=True)]
-    for step in steps:
-        step()
+    for params, step in zip(sets, steps, strict=True):
+        first_step(params, step)
     moved, tensors = traffic(sets[0], optimizers[0])
     if options.saturated:
         (saved, *_) = map(saturate, optimizers)

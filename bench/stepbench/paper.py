@@ -13,7 +13,17 @@ import torch
 
 from maxva_kernels import reference
 from maxva_kernels.groups import Hyperparameters
-from stepbench.contenders import OPTIONS, PLAIN, Contender, Missing, Options, Params, bytes_of, clipping_bytes
+from stepbench.contenders import (
+    OPTIONS,
+    PLAIN,
+    Contender,
+    Missing,
+    Options,
+    Params,
+    bytes_of,
+    clipping_bytes,
+    first_step,
+)
 
 EAGER, COMPILED = "MAdam (paper, eager)", "MAdam (paper, torch.compile)"
 COMPILER = "inductor"
@@ -64,8 +74,8 @@ def _update(options: Options) -> Callable[..., None]:
 def _contender(name: str, update: Callable[..., None], sets: Sequence[Params], options: Options) -> Contender:
     states = [[_zeros(param, 4 + options.amsgrad) for param in params] for params in sets]
     steps = [_stepper(update, params, own, options) for params, own in zip(sets, states, strict=True)]
-    for step in steps:
-        step()
+    for params, step in zip(sets, steps, strict=True):
+        first_step(params, step)
     turns = itertools.cycle(steps)
     read = bytes_of([param.grad for param in sets[0] if param.grad is not None])
     written = bytes_of([*sets[0], *(tensor for state in states[0] for tensor in state)])
