@@ -24,8 +24,9 @@ def join_master(param: Tensor, master: Tensor) -> Tensor:
             f"a bfloat16 parameter and a bfloat16 master of its shape make a weight, got {param.dtype} of shape "
             f"{list(param.shape)} and {master.dtype} of shape {list(master.shape)}"
         )
-    bits = (param.detach().view(torch.int16).to(torch.int32) << 16) + master.detach().view(torch.int16)
-    return bits.view(torch.float32)
+    bits = param.detach().view(torch.int16).to(torch.int32) << 16
+    weight = (bits + master.detach().view(torch.int16)).view(torch.float32)
+    return torch.where(weight.isnan(), bits.view(torch.float32), weight)
 
 
 def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:

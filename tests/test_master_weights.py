@@ -186,13 +186,26 @@ def test_reference_agrees(kind):
         assert (ulps > 0).sum() <= 4
 
 
-def test_weights_set_by_others_stay():
-    """Guards against a master that overwrites what was loaded into a bfloat16 parameter."""
-    (param,) = params = make_params((600,), dtype=BF16)
-    optimizer = run(MAdam(params, **BASE, master_weights=True), 0, 3)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("value", [3.0, 0.0, -0.0, torch.inf, -torch.inf])
+def test_weights_set_by_others_stay(value, backend):
+    """Guards against a master that overwrites what was loaded into a bfloat16 parameter, or beside a zero, as masks of
+    pruning write it, makes a NaN of it."""
+    device = device_of(backend)
+    (param,) = params = make_params((600,), BF16, device)
+    optimizer = run(MAdam(params, **BASE, master_weights=True, backend=backend), 0, 3)
     with torch.no_grad():
-        param.fill_(3.0)
-    assert (next(masters(optimizer)) - 3).abs().max() <= 2**-7  # half a unit in the last place
+        param.fill_(value)
+    (master,) = masters(optimizer)
+    assert not master.isnan().any()
+    off = bits(master).long() - bits(torch.tensor(value, device=device)).long()
+    assert off.abs().max() <= 2**15  # half a unit in the last place
+    twin = copy.deepcopy(optimizer)
+    for ours, its in zip(params_of(twin), twin.state.values(), strict=True):
+        for tensor, part in zip((ours.detach(), its["master"].view(torch.int16)), split_master(master), strict=True):
+            tensor.copy_(part.view(tensor.dtype))
+    assert_same_bits(run(optimizer, 3, 4), run(twin, 3, 4))
+    assert param.isfinite().all() or abs(value) == torch.inf
 
 
 def written_in_place(optimizer):

@@ -8,7 +8,8 @@ import triton.language as tl
 def join_master(param, rest):
     """The master, float32, of a bfloat16 parameter and an int16 rest."""
     bits = param.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-    return (bits + rest.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    master = (bits + rest.to(tl.int32).to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+    return tl.where(master == master, master, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
