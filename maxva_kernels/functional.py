@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -175,8 +176,9 @@ def step_groups(
     steps = []
     for (trust_ratio, device), members in sorted(parts.items(), key=lambda part: part[0][0]):
         its_groups: Sequence[Group] = [groups[i] for i in members]
-        of_clip = None if max_grad_norm is None else _on(device, norm)
-        scaling = Scaling(_on(device, grad_scale), _on(device, found_inf), of_clip, max_grad_norm)
+        scaling = Scaling(_on(device, grad_scale), _on(device, found_inf))
+        if max_grad_norm is not None and max_grad_norm < math.inf:
+            scaling = scaling._replace(grad_norm=_on(device, norm), max_grad_norm=max_grad_norm)
         runs = select(backend, device)
         if trust_ratio:
             its_groups = with_gradients(its_groups)
@@ -224,7 +226,9 @@ def _counted_in_all(entry: re.Match[str], groups: Sequence[Group], members: Sequ
 def _trust_ratios(norms: Tensor) -> Tensor:
     """LAMB's ratio (You et al., 2020, arXiv 1904.00962) of each parameter's norm to its update's; 1 where one is 0."""
     of_param, of_update = norms.unbind(1)
-    return torch.where((of_param > 0) & (of_update > 0), of_param / of_update, 1.0)
+    # Bounded, so that a rate times it is finite in float32: momentum that decays without gradients ends as hardly
+    # anything, and where it is 0 an infinite rate would make a NaN of it.
+    return torch.where((of_param > 0) & (of_update > 0), of_param / of_update, 1.0).clamp(max=2.0**100)
 
 
 @torch.no_grad()

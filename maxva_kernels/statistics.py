@@ -51,7 +51,8 @@ class Statistics(NamedTuple):
     """Share of coordinates whose beta is the lower bound."""
     grad_norm: float
     """L2 norm of the unscaled gradient before it was clipped: exact in `StepStatistics.overall` where the step takes it
-    (``max_grad_norm``, which may be inf, or ``skip_nonfinite``), else estimated from the sample."""
+    (``max_grad_norm``, which may be inf, or ``skip_nonfinite``), else estimated from the sample, for gradients from
+    1e-19 to 1e19, whose squares float32 can hold."""
     coordinates: int
     """How many coordinates were stepped."""
 

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from cases import backend_params, device_of, needs_cpu_kernels
+from cases import ALGORITHMS, backend_params, device_of, needs_cpu_kernels
 
 from maxva_kernels import MAdam, reference
 from maxva_kernels.groups import Hyperparameters
@@ -21,16 +21,16 @@ COORDINATES = 512
 STEPS = 400
 
 
-def follow(gradients, beta2_range, backend):
+def follow(gradients, beta2_range, backend, dtype=torch.float32, steps=STEPS):
     """Runs both; yields after each step g, the kernel's state before and after, and the reference's beta, v and w."""
     first = gradients(0)
-    param = torch.nn.Parameter(torch.zeros(first.shape, device=device_of(backend)))
+    param = torch.nn.Parameter(torch.zeros(first.shape, dtype=dtype, device=device_of(backend)))
     optimizer = MAdam([param], beta2_range=beta2_range, backend=backend)
     hyper = Hyperparameters(lr=1e-3, beta1=0.9, beta2_range=beta2_range, eps=1e-8, weight_decay=0.0)
     zero = torch.zeros(first.shape, dtype=torch.float64)
     exact = reference.PaperState(zero, zero, zero, zero)
-    for step in range(STEPS):
-        g = gradients(step).float()
+    for step in range(steps):
+        g = gradients(step).to(dtype)
         param.grad = g.to(param.device)
         before = {name: value.cpu().clone() for name, value in optimizer.state.get(param, {}).items()}
         optimizer.step()
@@ -109,21 +109,56 @@ def test_zero_gradients_move_nothing(backend):
 
 
 @pytest.mark.parametrize("backend", backend_params(simulate=False))
-def test_moments_never_become_subnormal(backend):
+@pytest.mark.parametrize(("dtype", "scale", "steps"), [(torch.float32, 1e-15, 200), (torch.float64, 1e-150, 1100)])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_moments_never_become_subnormal(algorithm, dtype, scale, steps, backend):
     """A coordinate that stopped getting gradients: its moments end at 0 and not below the smallest normal number."""
-    param = torch.nn.Parameter(torch.ones(64, device=device_of(backend)))
-    optimizer = MAdam([param], beta1=0.5, beta2_range=(0.5, 0.6), backend=backend)
-    tiny = torch.finfo(torch.float32).tiny
-    param.grad = torch.full_like(param, 1e-15)
+    param = torch.nn.Parameter(torch.ones(64, dtype=dtype, device=device_of(backend)))
+    optimizer = algorithm([param], beta1=0.5, beta2_range=(0.5, 0.6), backend=backend)
+    tiny = torch.finfo(dtype).tiny
+    param.grad = torch.full_like(param, scale)
     optimizer.step()
     param.grad = torch.zeros_like(param)
-    for _ in range(200):
+    for _ in range(steps):
         optimizer.step()
         for name in ("exp_avg", "grad_mean", "grad_var"):
             value = optimizer.state[param][name].abs()
             assert ((value == 0) | (value >= tiny)).all(), name
     assert not optimizer.state[param]["exp_avg"].any()
     assert not optimizer.state[param]["grad_mean"].any()
+
+
+@pytest.mark.parametrize("backend", backend_params(oracle=False, simulate=False))
+def test_float64_keeps_variances_that_float32_flushes(backend):
+    """Guards float64's own smallest number: with float32's, or one between, v would lose its variance here."""
+    generator = torch.Generator().manual_seed(0)
+
+    def gradients(step):
+        return 1e-40 * torch.randn(COORDINATES, dtype=torch.float64, generator=generator)
+
+    for g, before, after, _, exact in follow(gradients, (0.5, 0.999), backend, torch.float64, 20):
+        v = after["grad_var"] + after["grad_mean"] ** 2
+        torch.testing.assert_close(v, exact.v / exact.w if before else g**2, rtol=1e-12, atol=0)
+        assert (after["grad_var"] > 0).all() or not before
+
+
+@pytest.mark.parametrize("backend", backend_params(oracle=False, simulate=False))
+@pytest.mark.parametrize(("dtype", "nearly", "steps"), [(torch.float32, 2.0**-14, 150), (torch.float64, 2.0**-43, 500)])
+def test_w_becomes_1_where_it_nearly_is(dtype, nearly, steps, backend):
+    """Guards how nearly: sooner it would change v, later w be read and written for longer. An upper bound of 1 has no
+    other threshold; gradients that grow make beta smaller, and w nears 1 within some steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def gradients(step):
+        return 1.1**step * torch.randn(COORDINATES, dtype=torch.float64, generator=generator)
+
+    became = torch.zeros(COORDINATES, dtype=torch.bool)
+    for _, _, after, _, exact in follow(gradients, (0.5, 1.0), backend, dtype, steps):
+        left, is_1 = 1 - exact.w, after["weight_sum"] == 1
+        assert (left[is_1 & ~became] <= 1.01 * nearly).all()
+        assert (left[~is_1] >= nearly / 1.01).all()
+        became |= is_1
+    assert became.double().mean() > 0.9
 
 
 @needs_cpu_kernels

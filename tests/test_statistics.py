@@ -236,6 +236,20 @@ def test_scaled_gradients(backend):
 
 
 @on_backends
+def test_infinite_bound_clips_nothing(backend):
+    """Guards a bound that is there for the norm alone: beside an infinite gradient its factor, inf / inf, would make
+    every parameter NaN, and not one coordinate."""
+    measuring, plain = (make(MAdam, backend, max_grad_norm=bound) for bound in (math.inf, None))
+    for each in (measuring, plain):
+        set_grads(params_of(each), 0)
+        params_of(each)[-1].grad[0] = math.inf
+        each.step()
+    assert_same_bits(measuring, plain)
+    told = measuring.statistics()
+    assert (told.clip_factor, told.overall.grad_norm) == (1, math.inf)
+
+
+@on_backends
 def test_step_that_is_skipped(backend):
     """Guards a step that changed nothing from being told as one that changed things by 0."""
     optimizer = make(MAdam, backend, skip_nonfinite=True)

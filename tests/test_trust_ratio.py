@@ -86,6 +86,20 @@ def test_squares_beyond_float32(scale, backend):
 
 
 @on_backends
+@both_algorithms
+def test_updates_that_are_hardly_any(algorithm, backend):
+    """Guards a tensor without gradients whose momentum has nearly decayed: the ratio is beyond float32, and beside a
+    momentum of 0 an infinite rate makes a NaN."""
+    param = torch.nn.Parameter(torch.full((100,), 1e20, device=device_of(backend)))
+    optimizer = algorithm([param], backend=backend, trust_ratio=True, **{**BASE, "weight_decay": 0.0})
+    param.grad = torch.zeros_like(param)
+    optimizer.step()
+    optimizer.state[param]["exp_avg"][::2] = 2e-38
+    optimizer.step()
+    assert param.isfinite().all()
+
+
+@on_backends
 def test_groups_with_and_without(backend):
     """Guards groups that differ in it, which are stepped apart: each as it would be alone."""
     together, alone = (make_params(SIZES, device=device_of(backend)) for _ in range(2))
