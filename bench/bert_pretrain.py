@@ -35,7 +35,7 @@ USER_ERRORS = (settings.SettingsError, corpus.CorpusError, checkpoint.Checkpoint
 
 
 class Diverged(Exception):
-    """The loss is not a number any more."""
+    """The loss or the gradient is not a number any more."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -143,7 +143,8 @@ class Run:
                 "Resume without them, or start a new run with another --out. Nothing has been changed."
             )
         if moved := settings.differences(saved["settings"], now, settings.ROUNDING):
-            self.say("note        equal to not stopping up to rounding, not bit for bit: " + "; ".join(moved))
+            masks = " and other dropout masks" if self.s.dropout > 0 else ""
+            self.say(f"note        equal to not stopping up to rounding{masks}, not bit for bit: " + "; ".join(moved))
 
     def run(self) -> int:
         end = min(self.total, self.s.stop_after or self.total)
@@ -175,7 +176,7 @@ class Run:
         """One optimizer step: a large batch in micro-batches. Returns its line of the log."""
         s, engine, start = self.s, self.engine, time.perf_counter()
         phase = schedule.phase_of(number, self.phases)
-        sequences, micro = self.sequences[phase.seq_len], s.micro_batch[self.phases.index(phase)]
+        sequences, micro = self.sequences[phase.seq_len], self._micro_batch(phase)
         lr = self.schedule.get_last_lr()[0]
         self.optimizer.zero_grad()  # here rather than at the end: the report uses the last gradients
         torch.manual_seed(data.step_seed(s.seed, number, engine.rank))  # dropout
@@ -207,10 +208,11 @@ class Run:
 
         total, request.agreed = engine.sum(loss.item(), bool(request.signal))
         mean = total / (phase.batch * sequences.masked)
-        if not math.isfinite(mean):
+        # Of a gradient that is not finite only a scaler skips the step; the weights are lost then, not the checkpoint.
+        if not math.isfinite(mean) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise Diverged(
-                f"the loss is {mean} at step {number + 1}: start a new run with a lower --lr (it was {lr:.2g}) or "
-                f"a longer --warmup. {self.out} keeps its log and its last checkpoint, if any."
+                f"the loss is {mean} and the gradient's norm {norm} at step {number + 1}: start a new run with a lower "
+                f"--lr (it was {lr:.2g}) or a longer --warmup. {self.out} keeps its log and its last checkpoint, if any."
             )
         seconds = time.perf_counter() - start
         return {
@@ -222,6 +224,9 @@ class Run:
             "seconds": seconds,
             "optimizer_seconds": after - before,
         }
+
+    def _micro_batch(self, phase: schedule.Phase) -> int:
+        return self.s.micro_batch[self.phases.index(phase)]
 
     def _forward(self, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.s.amp)
@@ -235,7 +240,7 @@ class Run:
     def _held_out_loss(self, phase: schedule.Phase) -> float:
         """Over the same sequences with the same masks every time; ranks take parts, padded to equal lengths."""
         sequences = self.held_out[phase.seq_len]
-        rows, ranks, micro = self._held_out_rows(sequences), self.engine.ranks, self.s.micro_batch[0]
+        rows, ranks, micro = self._held_out_rows(sequences), self.engine.ranks, self._micro_batch(phase)
         part = math.ceil(len(rows) / ranks)
         places = np.arange(part) + self.engine.rank * part
         self.model.eval()
@@ -271,7 +276,7 @@ class Run:
             report.plot(lines, self.out / "loss.png", self.unigram, title)
             print(report.summary(lines, self.unigram))
             if not self.s.no_comparison:
-                print(speed.table(speed.compare(self.model, self.engine, self.s), self.s.optimizer))
+                print(speed.table(speed.compare(self.model, self.engine, self.s), self.s))
             for name, what in (("log.jsonl", "log"), ("loss.png", "plot"), (checkpoint.NAME, "checkpoint")):
                 print(f"{what:<11} {self.out / name}")
             print(f"finished in {time.perf_counter() - self.begin:.0f} s")

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -33,8 +32,7 @@ from .groups import _require
 
 __all__ = ["Phase", "PhasedLR", "param_groups_weight_decay"]
 
-# What BatchNorm and InstanceNorm derive from is _NormBase.
-_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
+_NORMS = (nn.LayerNorm, nn.RMSNorm)  # those that may have parameters of several dimensions
 
 
 def param_groups_weight_decay(
@@ -47,7 +45,7 @@ def param_groups_weight_decay(
     - it has at most one dimension: biases, the gains of norms whoever wrote them, single scalars. Parameters sharded
       by FSDP2 or tensor parallelism count with the dimensions of the whole;
     - the last part of its name contains "bias": biases of several dimensions, as `nn.MultiheadAttention.bias_k`;
-    - it belongs to one of torch's norms, which matters where a LayerNorm is over several dimensions.
+    - it belongs to a LayerNorm or RMSNorm, which may be over several dimensions.
 
     So embeddings decay, as in BERT. Frozen parameters are left out. A parameter that several modules share is listed
     once, under its first name. The order is the model's.

@@ -1,11 +1,15 @@
 """`bench/bert_pretrain.py` on a tiny model and a made-up language: it learns, resumes bit for bit, refuses clearly."""
 
+import dataclasses
 import json
 import os
 import random
 import signal
+import statistics
 import sys
 import time
+import tracemalloc
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import bert_pretrain  # noqa: E402
 import numpy as np  # noqa: E402
-from bert import corpus, data, optimizers, schedule, tokenizer  # noqa: E402
+from bert import corpus, data, optimizers, schedule, settings, speed, tokenizer  # noqa: E402
+from transformers import BertConfig, BertForMaskedLM  # noqa: E402
+
+from maxva_kernels import LaMAdam, reference  # noqa: E402
+from maxva_kernels.groups import Hyperparameters  # noqa: E402
 
 TINY = "--layers 1 --hidden 32 --heads 2 --vocab 300 --seq-len 16 --batch 16 --micro-batch 8 --steps 12 --lr 1e-2"
 TINY += " --eval-every 6 --checkpoint-every 5 --eval-sequences 5 --no-comparison"
@@ -52,7 +60,7 @@ def train(text, tmp_path_factory):
         code = bert_pretrain.main([*fixed, "--out", str(out), *options])
         return code, losses(out), out
 
-    run.cache = cache
+    run.cache, run.text = cache, text
     yield run
     torch.set_num_threads(os.cpu_count() or 1)
 
@@ -206,6 +214,8 @@ def test_directory_without_text_and_unreadable_file(train, tmp_path, capsys):
         ("--lr 1e-3 1e-4", "--steps 1"),
         ("--seq-len 4", "8 tokens"),
         ("--mask-share 0.9", "--mask-share"),
+        ("--beta2-range 0.9 0.5", "--beta2-range 0.9 0.5: more than 0"),
+        ("--beta2-range 0.5 1 --optimizer adamw", "for adamw and lamb below 1"),
     ],
 )
 def test_bad_options(options, message, train, tmp_path, capsys):
@@ -218,6 +228,172 @@ def test_diverged_run_says_what_to_do(train, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bert_pretrain.Run, "_forward", lambda self, batch: original(self, batch) * float("nan"))
     assert train(tmp_path / "run")[0] == 2
     assert "lower --lr" in capsys.readouterr().err
+
+
+def test_overflowing_gradient_spares_the_checkpoint(train, tmp_path, monkeypatch, capsys):
+    """Guards the last good checkpoint: a loss that is finite yet does not tell that the step made NaNs of weights."""
+    original = bert_pretrain.Run._step
+
+    def overflowing(self, number, request):
+        if number == 9:
+            embedding = next(self.model.parameters())
+            embedding.register_hook(lambda grad: grad.index_fill(0, torch.tensor([1]), torch.inf))
+        return original(self, number, request)
+
+    monkeypatch.setattr(bert_pretrain.Run, "_step", overflowing)
+    assert train(tmp_path / "run")[0] == 2
+    assert "the gradient's norm inf at step 10" in capsys.readouterr().err
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt")
+    assert saved["step"] == 5
+    assert all(value.isfinite().all() for value in saved["model"].values())
+
+
+def test_run_that_saved_nothing_is_told(train, tmp_path, monkeypatch, capsys):
+    """Guards against advice in a circle: to resume what has no checkpoint, and to save before there is one."""
+
+    def crash():
+        raise MemoryError
+
+    during(monkeypatch, 2, crash)
+    with pytest.raises(MemoryError):
+        train(tmp_path / "run")
+    monkeypatch.undo()
+    assert train(tmp_path / "run")[0] == 2
+    assert "holds a run that saved nothing yet: delete it" in capsys.readouterr().err
+
+
+def test_other_dropout_masks_are_told(train, tmp_path, capsys):
+    """Guards the note on what a resumed run shares with one that never stopped."""
+    for dropout, said in (("0", "equal to not stopping up to rounding, not"), ("0.1", "and other dropout masks, not")):
+        out = train(tmp_path / dropout, "--dropout", dropout, "--stop-after", "1")[2]
+        capsys.readouterr()
+        assert bert_pretrain.main(["--resume", str(out), "--micro-batch", "4", "--stop-after", "2"]) == 0
+        printed = capsys.readouterr().out
+        assert said in printed
+        assert "--micro-batch: [8] then, [4] now" in printed
+
+
+def test_micro_batches_are_those_of_the_phase(train, tmp_path, monkeypatch):
+    """Guards the memory of the longer sequences: in training and in evaluation, which is without dropout, as many at a
+    time as their phase says."""
+    shapes = set()
+    original = bert_pretrain.Run._forward
+
+    def noted(self, batch):
+        shapes.add((self.model.training, *batch[0].shape))
+        return original(self, batch)
+
+    monkeypatch.setattr(bert_pretrain.Run, "_forward", noted)
+    options = "--seq-len 16 32 --batch 16 8 --steps 3 3 --micro-batch 4 2 --eval-every 3 --eval-sequences 8"
+    assert train(tmp_path / "run", *options.split())[0] == 0
+    assert shapes == {(True, 4, 16), (True, 2, 32), (False, 4, 16), (False, 2, 32)}
+
+
+def by_hand(out, cache, name):
+    """What `--optimizer NAME` trains in two phases, by Hugging Face's own loss, the paper's lines in float64 or torch's
+    AdamW, and rates written out: loss, rate and norm of each step."""
+    settings = json.loads((out / "settings.json").read_text())
+    stream = np.memmap(cache / f"train-{settings['corpus_hash']}-{settings['tokenizer_hash']}.ids", np.uint16, "r")
+    vocab = len(json.loads((out / "tokenizer.json").read_text())["model"]["vocab"])
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 128}
+    dropout = {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0}
+    model = BertForMaskedLM(BertConfig(vocab_size=vocab, max_position_embeddings=32, **sizes, **dropout))
+    decays = {param: 0.0 if "bias" in key or "LayerNorm" in key else 0.3 for key, param in model.named_parameters()}
+    groups = [{"params": [param], "weight_decay": decay} for param, decay in decays.items()]
+    adamw = torch.optim.AdamW(groups, lr=1, betas=(0.9, 0.99))
+    hyper = Hyperparameters(lr=1.0, beta1=0.9, beta2_range=(0.6, 0.99), eps=1e-8, weight_decay=0.0)
+    states = {param: reference.PaperState(*[torch.zeros_like(param, dtype=torch.float64)] * 4) for param in decays}
+    sample, count = 0, 0
+    for length, batch, steps, peak, warmup in ((16, 16, 7, 1e-2, 2), (32, 8, 5, 4e-3, 1)):
+        sequences = data.MaskedSequences(stream, length, vocab, 0)
+        for k in range(steps):
+            lr = peak * ((k + 1) / warmup if k < warmup else ((steps - k) / (steps - warmup)) ** 0.5)
+            ids, at, labels = sequences.training(np.arange(sample, sample + batch))
+            model.zero_grad()
+            loss = model(input_ids=ids, labels=torch.full_like(ids, -100).scatter_(1, at, labels)).loss
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            sample, count = sample + batch, count + 1
+            if name == "adamw":
+                for group in adamw.param_groups:
+                    group["lr"] = lr
+                adamw.step()
+            else:
+                for param, decay in decays.items():
+                    at_rate = dataclasses.replace(hyper, lr=lr, weight_decay=decay)
+                    weight = param.detach().double()
+                    grad = param.grad.double()
+                    new, states[param], _ = reference.step(weight, grad, states[param], count, at_rate, laprop=False)
+                    param.data.copy_(new)
+            yield loss.item(), lr, norm.item()
+
+
+@pytest.mark.parametrize("name", ["adamw", "madam"])
+def test_run_is_what_it_says(name, train, tmp_path):
+    """Guards what tests of runs against runs cannot see: decay, clipping, rates, the loss and its share of masks, which
+    the optimizer must get as the command line has them."""
+    options = "--seq-len 16 32 --batch 16 8 --micro-batch 4 2 --steps 7 5 --lr 1e-2 4e-3 --warmup 0.3 0.2"
+    options += f" --decay-power 0.5 --weight-decay 0.3 --max-grad-norm 0.5 --beta2-range 0.6 0.99 --optimizer {name}"
+    code, log, out = train(tmp_path / "run", *options.split())
+    assert code == 0
+    for line, (loss, lr, norm) in zip(log[1:], by_hand(out, train.cache, name), strict=True):
+        assert line["lr"] == pytest.approx(lr, rel=1e-12)
+        assert line["loss"] == pytest.approx(loss, rel=1e-5)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_base_is_the_recipe_of_the_paper():
+    """Guards weeks of GPUs: Section 5.4 and the schedule of the repository it used, written out."""
+    s = settings.resolve({"model": "base", "device": "cpu"})
+    assert (s.layers, s.hidden, s.heads, s.vocab, s.dropout, s.mask_share) == (12, 768, 12, 30522, 0.1, 0.15)
+    assert (s.optimizer, s.weight_decay, s.beta2_range, s.max_grad_norm) == ("madam", 0.1, [0.5, 0.999], 1.0)
+    assert (s.seq_len, s.batch, s.steps) == ([128, 512], [65536, 32768], [7038, 1563])
+    first, second = settings.rates(s)
+    assert (first.scale, first.warmup, first.power, first.from_peak) == (3.4e-3, 0.2843, 0.5, False)
+    assert (second.scale, second.warmup, second.power, second.from_peak) == (3.4e-3 * 2 / 3, 0.128, 0.5, False)
+
+
+def test_options_of_ours_reach_the_optimizer():
+    """Guards a run of weeks in another precision than was asked for."""
+    model = torch.nn.Linear(3, 3).bfloat16()
+    given = {"lr": 1.0, "weight_decay": 0.1, "beta2_range": (0.6, 0.99), "max_grad_norm": 2.0}
+    for params, (masters, stochastic) in {
+        "bfloat16": (False, False),
+        "bfloat16-stochastic": (False, True),
+        "bfloat16-master": (True, False),
+    }.items():
+        optimizer = optimizers.build("lamadam", model, **given, state_dtype="bfloat16", params=params)
+        assert type(optimizer) is LaMAdam
+        assert optimizer.max_grad_norm == 2.0
+        for group in optimizer.param_groups:
+            assert (group["master_weights"], group["stochastic_rounding"]) == (masters, stochastic)
+            assert (group["beta2_range"], group["state_dtype"]) == ((0.6, 0.99), "bfloat16")
+
+
+def test_report_is_of_the_run(train, tmp_path, monkeypatch, capsys):
+    """Guards the figures that the README quotes: losses, share of the optimizer, its speed beside others'."""
+    monkeypatch.setattr(speed, "compare", lambda *_: {"madam": 0.002, "reference": 0.1, "adamw": 0.001})
+    fixed = TINY.replace("--no-comparison", "").split()
+    out = tmp_path / "run"
+    shared = ["--corpus", str(train.text), "--cache", str(train.cache), "--out", str(out)]
+    assert bert_pretrain.main([*fixed, *shared]) == 0
+    printed = capsys.readouterr().out
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    medians = [statistics.median(line[key] for line in lines[1:]) for key in ("optimizer_seconds", "seconds")]
+    assert f"optimizer   {medians[0] / medians[1]:.1%} of the step's time" in printed
+    assert f"loss        {lines[1]['loss']:.3f} at the first step, {lines[-1]['loss']:.3f} over the last" in printed
+    assert f"held out    {lines[0]['heldout_loss']:.3f} before, {lines[-1]['heldout_loss']:.3f} after" in printed
+    assert "on this model's tensors, medians (MAdam trained it)" in printed
+    rows = {line.rpartition("  ")[0].rsplit(maxsplit=2)[0].strip(): line.split()[-3] for line in printed.splitlines()
+            if line.endswith("x MAdam's")}  # fmt: skip
+    assert rows == {"MAdam": "1.00", "MAdam, eager": "50.00", "torch AdamW(fused)": "0.50"}
+
+
+def test_speed_of_shards_says_so():
+    """Guards against a table of an eighth of the model that is taken for the whole."""
+    heading = speed.table({"madam": 1.0}, Namespace(optimizer="madam", parallel="fsdp2")).splitlines()[0]
+    assert "on rank 0's shards, without communication" in heading
 
 
 def as_rank(rank, ports, runs):
@@ -288,6 +464,31 @@ def test_samples_are_pure_functions_of_their_number():
     epoch = make(1)
     bodies = epoch._permutation(3)
     assert sorted(bodies) == list(range(epoch.count))  # every sequence once
+
+
+def test_unigram_loss():
+    """Guards the baseline of all figures, and memory: a corpus of 2 bytes a token is not to be had in 8 at once."""
+    tokens = np.random.default_rng(0).integers(0, 300, 1 << 22).astype(np.uint16)
+    held_out = data.MaskedSequences(tokens[:5000], 32, 300, 0)
+    rows = np.arange(held_out.count)
+    tracemalloc.start()
+    loss = data.unigram_loss(tokens, held_out, rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 * tokens.nbytes
+    share = (np.array([(tokens == token).sum() for token in range(300)]) + 1) / (len(tokens) + 300)
+    assert loss == pytest.approx(-np.log(share[held_out.held_out(rows)[2].numpy()]).mean(), rel=1e-12)
+
+
+def test_documents_end_between_words(tmp_path):
+    """Guards words of a text without blank lines, or without lines, from being cut in two."""
+    for gap in ("\n\n", "\n", " "):
+        path = tmp_path / "text.txt"
+        path.write_text(gap.join(f"word{i}x" for i in range(5000)))
+        documents = list(corpus.FileCorpus([str(path)]))
+        assert len(documents) > 5
+        assert max(map(len, documents)) <= corpus.MAX_DOCUMENT
+        assert [word for text in documents for word in text.split()] == [f"word{i}x" for i in range(5000)]
 
 
 def test_schedule():

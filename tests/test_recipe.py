@@ -43,6 +43,7 @@ class Mixed(nn.Module):
         self.linear = nn.Linear(4, 4)
         self.norm = nn.LayerNorm(4)
         self.image_norm = nn.LayerNorm((3, 4))
+        self.image_rms = nn.RMSNorm((3, 4))
         self.batch = nn.BatchNorm1d(4)
         self.attention = nn.MultiheadAttention(4, 2, add_bias_kv=True)
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
@@ -58,8 +59,9 @@ def test_who_decays():
     groups = param_groups_weight_decay(model, 0.1)
     assert names(groups) == [
         ["token", "embedding.weight", "linear.weight", "attention.in_proj_weight", "attention.out_proj.weight"],
-        ["scale", "linear.bias", "norm.weight", "norm.bias", "image_norm.weight", "image_norm.bias", "batch.weight",
-         "batch.bias", "attention.in_proj_bias", "attention.bias_k", "attention.bias_v", "attention.out_proj.bias",
+        ["scale", "linear.bias", "norm.weight", "norm.bias", "image_norm.weight", "image_norm.bias",
+         "image_rms.weight", "batch.weight", "batch.bias",
+         "attention.in_proj_bias", "attention.bias_k", "attention.bias_v", "attention.out_proj.bias",
          "head.bias"],
     ]  # fmt: skip
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
@@ -79,7 +81,7 @@ def test_named_parameters_count_once_whoever_repeats_them():
     assert "head.weight" in dict(pairs)
     decaying, rest = names(param_groups_weight_decay(iter(pairs), 0.1))
     # Without the modules a norm over two dimensions is a matrix like others.
-    assert set(names(param_groups_weight_decay(model, 0.1))[1]) - set(rest) == {"image_norm.weight"}
+    assert set(names(param_groups_weight_decay(model, 0.1))[1]) - set(rest) == {"image_norm.weight", "image_rms.weight"}
     assert "head.weight" not in decaying
 
 

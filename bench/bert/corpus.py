@@ -123,8 +123,8 @@ def _prose(path: Path) -> str:
 
 def _cut(text: str) -> Iterator[str]:
     while len(text) > MAX_DOCUMENT:
-        end = text.rfind("\n\n", MAX_DOCUMENT // 2, MAX_DOCUMENT)
-        end = end if end > 0 else MAX_DOCUMENT
+        ends = (text.rfind(mark, MAX_DOCUMENT // 2, MAX_DOCUMENT) for mark in ("\n\n", "\n", " "))
+        end = next((end for end in ends if end > 0), MAX_DOCUMENT)
         yield text[:end]
         text = text[end:]
     yield text

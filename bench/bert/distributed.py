@@ -2,8 +2,8 @@
 
 The loss of a large batch is a sum over samples divided by a number known beforehand. DDP and FSDP2 average gradients
 over ranks; the loop multiplies by the number of ranks to make a sum of it, so the result does not depend on their
-number beyond the order of additions. Mixed precision is autocast over fp32 parameters everywhere, and gradients are
-accumulated and reduced in fp32.
+number beyond the order of additions. Mixed precision is autocast, and gradients are accumulated and reduced in the
+parameters' dtype: float32, unless the run has bfloat16 parameters, which then wants large micro-batches.
 """
 
 import contextlib

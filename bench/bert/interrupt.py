@@ -1,4 +1,8 @@
-"""Ctrl-C and SIGTERM as a request: the step under way is finished and saved first."""
+"""Ctrl-C and SIGTERM as a request: the step under way is finished and saved first.
+
+torchrun kills its workers 30 s after it has passed the signal on, or, from torch 2.14 on, as many as its
+--shutdown-timeout says. A step that takes longer is lost, back to the last checkpoint.
+"""
 
 import signal
 import threading
@@ -33,6 +37,6 @@ class StopRequest:
         if self.signal and number == signal.SIGINT and self._one_process:
             raise KeyboardInterrupt
         if not self.signal:
-            again = " (Ctrl-C again: stop at once)" if self._one_process else ""
+            again = " (Ctrl-C again: stop at once)" if self._one_process else ", if torchrun waits so long"
             self._say(f"{signal.Signals(number).name}: finishing this step, then saving{again}")
         self.signal = number

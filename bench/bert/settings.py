@@ -35,7 +35,8 @@ BASE_LR = {name: [3.4e-3, 3.4e-3 * 2 / 3] for name in optimizers.NAMES}
 BASE_LR |= {"adamw": [8e-4, 8e-4 * 2 / 3], "lamb": [6e-3, 4e-3]}
 SMALL_LR = {name: [5e-3] for name in optimizers.NAMES} | {"lamb": [2e-2]}
 
-# What decides the result. The rest (ranks, micro-batches, device, how often to save) moves it by rounding at most.
+# What decides the result. The rest (ranks, micro-batches, device, how often to save) moves it by rounding at most, but
+# with dropout, whose masks are drawn by each rank for each micro-batch.
 RESULT = (
     "model", "layers", "hidden", "heads", "vocab", "dropout", "corpus_hash", "tokenizer_hash", "mask_share",
     "optimizer", "seq_len", "batch", "steps", "lr", "warmup", "decay_power", "weight_decay", "beta2_range",
@@ -81,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
     names = tuple(optimizers.STATE_DTYPES)
     group.add_argument("--state-dtype", choices=names, help="of MAdam's and LaMAdam's state (float32)")
     names = tuple(optimizers.PARAMS)
-    group.add_argument("--params", choices=names, help="parameters, gradients and their arithmetic (float32)")
+    group.add_argument(
+        "--params", choices=names, help="parameters, gradients and their sums over micro-batches (float32)"
+    )
     group.add_argument("--max-grad-norm", type=_number, help="clip by the global norm; 0 for none (1)")
     group.add_argument("--seed", type=_whole, help="of weights, order, masks and dropout (0)")
 
@@ -137,6 +140,11 @@ def _check(s: dict[str, Any], launched: bool) -> None:
         raise SettingsError(f"--state-dtype {s['state_dtype']} is for MAdam and LaMAdam, not for {s['optimizer']}")
     if optimizers.PARAMS[s["params"]] and not optimizers.clips(s["optimizer"]):
         raise SettingsError(f"--params {s['params']} is for MAdam and LaMAdam, not for {s['optimizer']}")
+    lower, upper = s["beta2_range"]
+    if not 0 < lower <= upper <= 1 or (upper == 1 and s["optimizer"] in ("adamw", "lamb")):
+        raise SettingsError(
+            f"--beta2-range {lower} {upper}: more than 0, in rising order, and at most 1, for adamw and lamb below 1"
+        )
     if s["hidden"] % s["heads"]:
         raise SettingsError(f"--hidden {s['hidden']} is not a multiple of --heads {s['heads']}")
     if min(s["seq_len"]) < 8:
@@ -168,6 +176,8 @@ def output(s: argparse.Namespace) -> Path:
         return next(path for path in names if not path.exists())
     out = Path(s.out)
     if out.exists() and (not out.is_dir() or (out / "log.jsonl").exists() or (out / checkpoint.NAME).exists()):
+        if out.is_dir() and not (out / checkpoint.NAME).exists():
+            raise SettingsError(f"--out {out} holds a run that saved nothing yet: delete it, or choose another --out")
         raise SettingsError(f"--out {out} holds a run already: --resume {out} to go on with it, or another --out")
     return out
 

@@ -40,8 +40,9 @@ def compare(model: nn.Module, engine: Engine, settings: Namespace) -> dict[str, 
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def table(seconds: dict[str, float], chosen: str) -> str:
-    lines = [f"speed       one step with clipping on this model's tensors, medians ({LABELS[chosen]} trained it)"]
+def table(seconds: dict[str, float], settings: Namespace) -> str:
+    tensors = "rank 0's shards, without communication" if settings.parallel == "fsdp2" else "this model's tensors"
+    lines = [f"speed       one step with clipping on {tensors}, medians ({LABELS[settings.optimizer]} trained it)"]
     for name, value in seconds.items():
         lines.append(f"            {LABELS[name]:<20} {1e3 * value:8.2f} ms  {value / seconds['madam']:6.2f} x MAdam's")
     return "\n".join(lines)
