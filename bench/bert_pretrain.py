@@ -212,7 +212,7 @@ class Run:
         if not math.isfinite(mean) or not (math.isfinite(norm) or self.scaler.is_enabled()):
             raise Diverged(
                 f"the loss is {mean} and the gradient's norm {norm} at step {number + 1}: start a new run with a lower "
-                f"--lr (it was {lr:.2g}) or a longer --warmup. {self.out} keeps its log and its last checkpoint, if any."
+                f"--lr (it was {lr:.2g}) or a longer --warmup. {self.out} keeps its log and last checkpoint, if any."
             )
         seconds = time.perf_counter() - start
         return {

@@ -67,6 +67,6 @@ def _installed_elsewhere() -> Path | None:
     """Where the package is installed besides here: the current folder, when it holds the source, hides it."""
     for distribution in importlib.metadata.distributions(name="maxva-kernels"):
         site = Path(str(distribution.locate_file("")))
-        if (site / PACKAGE.name / RECORD).is_file() and site.resolve() != PACKAGE.parent:
+        if (site / PACKAGE.name / RECORD).is_file():
             return site
     return None

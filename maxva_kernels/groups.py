@@ -180,7 +180,7 @@ def joined(groups: Sequence[Group], name: str) -> list[Any]:
 
 
 def with_gradients(groups: Sequence[Group]) -> Sequence[Group]:
-    """The groups without the parameters whose gradient is None."""
+    """The groups, which each have a gradient, without the parameters that have none."""
     if all(grad is not None for group in groups for grad in group.tensors.grads):
         return groups
     present = []
@@ -191,4 +191,4 @@ def with_gradients(groups: Sequence[Group]) -> Sequence[Group]:
         kept = {name: [values[i] for i in keep] if values else [] for name, values in lists.items()}
         keys = [group.keys[i] for i in keep] if group.keys else ()
         present.append(group._replace(tensors=TensorLists(**kept), keys=keys))
-    return [group for group in present if group.tensors.params]
+    return present

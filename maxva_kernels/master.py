@@ -40,7 +40,7 @@ def split_master(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"a float32 weight can be split, got {weight.dtype}")
     is_nan = weight.isnan()
     bits = weight.detach().view(torch.int32)
-    param = torch.where(is_nan, 0x7FC0, (bits.to(torch.int64) + 0x8000) >> 16).to(torch.int16)
+    param = torch.where(is_nan, 0x7FC0, (bits + 0x8000) >> 16).to(torch.int16)
     master = torch.where(is_nan, 0, bits).to(torch.int16)
     return param.view(torch.bfloat16), master.view(torch.bfloat16)
 

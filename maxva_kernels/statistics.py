@@ -90,8 +90,8 @@ class Recorder:
     def clip(self, grad_norm: Tensor | None, grad_scale: Tensor | None, max_grad_norm: float | None) -> None:
         """Notes the norm of the gradients as they stand, and by what it clips them."""
         if grad_norm is not None:
-            # A copy: scalers change their scale in place.
-            self._norm = grad_norm.clone() if grad_scale is None else grad_norm / grad_scale.to(grad_norm.device)
+            # Divided now, for scalers change their scale in place.
+            self._norm = grad_norm if grad_scale is None else grad_norm / grad_scale.to(grad_norm.device)
         self._max_grad_norm = max_grad_norm
 
     def read(self, groups: int) -> StepStatistics:

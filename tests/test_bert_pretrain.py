@@ -354,8 +354,14 @@ def test_base_is_the_recipe_of_the_paper():
     assert (second.scale, second.warmup, second.power, second.from_peak) == (3.4e-3 * 2 / 3, 0.128, 0.5, False)
 
 
-def test_options_of_ours_reach_the_optimizer():
+def test_options_of_ours_reach_the_optimizer(train, tmp_path):
     """Guards a run of weeks in another precision than was asked for."""
+    precision = ["--state-dtype", "bfloat16", "--params", "bfloat16-master"]
+    saved = torch.load(train(tmp_path / "run", *precision, "--stop-after", "1")[2] / "checkpoint.pt")
+    assert {value.dtype for value in saved["model"].values() if value.is_floating_point()} == {torch.bfloat16}
+    for state in saved["optimizer"]["state"].values():
+        assert "master" in state
+        assert state["grad_var"].dtype == torch.bfloat16
     model = torch.nn.Linear(3, 3).bfloat16()
     given = {"lr": 1.0, "weight_decay": 0.1, "beta2_range": (0.6, 0.99), "max_grad_norm": 2.0}
     for params, (masters, stochastic) in {

@@ -112,6 +112,16 @@ def test_checkpoint_of_a_scheduled_lr_tensor():
     assert loaded.param_groups[0]["lr"].item() == 0.25
 
 
+@pytest.mark.parametrize("rate", [0.5, torch.tensor(0.5), torch.tensor([0.5])], ids=str)
+def test_capturable_rate_stays_where_it_is(rate):
+    """Guards against a checkpoint that puts another tensor in the place of the one that schedulers and graphs know."""
+    saved, loaded = run(make(MAdam, "auto", lr=rate), 0, 2), make(MAdam, "auto", capturable=True)
+    known = loaded.param_groups[0]["lr"]
+    loaded.load_state_dict(through_file(saved.state_dict()))
+    assert loaded.param_groups[0]["lr"] is known
+    assert known == torch.tensor(0.5)
+
+
 def test_capturable_rate_that_was_set_by_hand():
     """Guards against a failure after half of a checkpoint was loaded: a loop had put a number in the tensor's place."""
     saved = run(make(MAdam, "auto", lr=0.5, capturable=True), 0, 2)

@@ -13,9 +13,10 @@ import torch
 from cases import ALGORITHMS, BASE, OPTIONS, assert_same_bits, make_params, run, set_grads, states
 from torch.nn import Parameter
 
-from maxva_kernels import MAdam, gpu, gpu_ops
+from maxva_kernels import MAdam, _ops, gpu, gpu_ops
 from maxva_kernels.backends.registry import select
 from maxva_kernels.groups import Group, Hyperparameters, Scaling, TensorLists
+from maxva_kernels.launch import PACKED_GROUP
 
 SHAPES = ((3, 5), 70, (2, 2, 2, 2))
 
@@ -73,6 +74,22 @@ def test_gradients_come_and_go(pair):
     """Guards against a table that holds which parameters have gradients, and against steps of those that have none."""
     assert [pair.step(without) for without in ([0], [1, 2], [], [2])] == [0, 0, 0, 0]
     assert [state["step"].item() for state in pair.ours.state.values()] == [4, 4, 3]
+
+
+def test_gradients_of_another_layout_come_and_go(launcher):
+    """Guards against a gradient copied to the layout of another parameter, where one before it has none."""
+    shapes = ((3, 5), (5, 4), (2, 3, 4))
+    pair = [[Parameter(param.mT.contiguous().mT) for param in make_params(shapes)] for _ in range(2)]
+    ours, theirs = (
+        MAdam(params, **BASE, backend=backend) for params, backend in zip(pair, (launcher.backend, "cpu"), strict=True)
+    )
+    for step, without in enumerate(((), (0,), (1,))):
+        for optimizer in (ours, theirs):
+            set_grads(params_of(optimizer), step)
+            for i, param in enumerate(params_of(optimizer)):
+                param.grad = None if i in without else param.grad.contiguous()
+            optimizer.step()
+        assert_same_bits(ours, theirs)
 
 
 def test_no_gradient_at_all(pair, launcher):
@@ -290,6 +307,21 @@ def test_captured_tables_are_kept(pair, monkeypatch):
     assert table in cache._kept.values()
 
 
+def test_what_captured_launches_read_is_kept(launcher, monkeypatch):
+    """Guards against replays that read freed memory: the learning rate that was the group's at the capture, and the
+    stamps of an optimizer that is gone."""
+    optimizer = run(MAdam(make_params(SHAPES), **BASE, capturable=True, backend=launcher.backend))
+    launches, step = [], launcher.step
+    monkeypatch.setattr(launcher, "step", lambda launch: (launches.append(launch), step(launch)))
+    monkeypatch.setattr(gpu, "is_capturing", lambda: True)
+    monkeypatch.setattr(gpu, "_captured", [])
+    run(optimizer, 4, 5)
+    kept = {tensor.data_ptr() for tensor in gpu._captured}
+    for launch in launches:
+        assert launch.saturation in kept
+        assert {rate for _, rate, *_ in PACKED_GROUP.iter_unpack(launch.groups)} <= kept
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_capturable_gives_the_same_bits(algorithm, dtype, launcher):
@@ -339,6 +371,22 @@ def test_operator_on_gpu_tensors(launcher):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     grads = [torch.randn(30), torch.randn(4, 4)]
     assert torch.equal(gpu_ops.grad_norm(grads), torch.ops.maxva.grad_norm.default(grads))
+
+
+def test_operator_divides_keys_and_records(launcher, monkeypatch):
+    """Guards against the random numbers of another group's parameters, and records that one launch writes over those
+    of the one before."""
+    runs = []
+    for call in (gpu_ops.step_, _ops.step_):
+        monkeypatch.setattr(_ops, "step_", call)
+        groups = [{"params": make_params((70, 9000), dtype)} for dtype in (torch.float32, torch.bfloat16)]
+        optimizer = MAdam(groups, **BASE, state_dtype=torch.bfloat16, collect_statistics=True, backend="cpu")
+        runs.append(run(optimizer, last=2))
+    assert len(launcher.launches) == 4
+    assert_same_bits(*runs)
+    ours, theirs = (optimizer.statistics().groups for optimizer in runs)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=1e-6)
 
 
 def test_compiled_step_is_one_graph(launcher):

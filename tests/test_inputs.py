@@ -485,6 +485,22 @@ def test_failed_step_can_be_repeated(backend):
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, NotImplementedError])
+def test_errors_of_other_kinds_stay(kind, monkeypatch):
+    """Guards against an error that a training loop catches by its class, told on as a mere RuntimeError."""
+
+    def fail(*arguments, **options):
+        raise kind("grads[0]")
+
+    (param,) = make_params((3,))
+    optimizer = MAdam([param])
+    set_grads([param], 0)
+    monkeypatch.setattr(functional, "step_groups", fail)
+    with pytest.raises(kind):
+        optimizer.step()
+    assert not optimizer.state
+
+
 @on_backends
 def test_failed_step_makes_no_maximum(backend):
     """Guards against a max_denom of zeros left by a failed step with AMSGrad just switched on."""
@@ -580,6 +596,27 @@ def test_tensor_on_another_device(name, backend):
 
 
 @on_backends
+def test_dimension_of_one_entry_overlaps_nothing(backend):
+    """Guards against a parameter refused for the stride 0 of a dimension along which nothing is repeated."""
+    param = torch.ones(6, device=device_of(backend)).as_strided((1, 3), (0, 2))
+    lists = make_lists([param])
+    functional.madam_(**lists, lr=0.1, backend=backend)
+    assert lists["steps"][0] == 1
+
+
+@on_backends
+def test_parameter_on_another_device(backend):
+    """Guards against a parameter that agrees with its own gradient and state, and is none of the kernel's device."""
+    lists = make_lists([torch.ones(3, device=device_of(backend)) for _ in range(3)], amsgrad=True)
+    for name in LISTS:
+        lists[name][2] = lists[name][2].to("meta")
+    before = cloned(lists)
+    with pytest.raises(RuntimeError, match=r"params\[2\] .*meta\).* device .*params\[0\]"):
+        functional.madam_(**lists, lr=0.1, backend=backend)
+    assert_equal(entries(lists), before)
+
+
+@on_backends
 @pytest.mark.parametrize("name", LISTS)
 @pytest.mark.parametrize("kind", ["coo", "csr", "int32", "shape"])
 def test_tensor_that_does_not_fit(name, kind, backend):
@@ -638,6 +675,9 @@ def test_scaling_must_be_a_scalar(name, backend):
     before = cloned(lists)
     with pytest.raises(RuntimeError, match=name):
         functional.madam_(**lists, lr=0.1, backend=backend, **{name: torch.ones(3, device=device_of(backend))})
+    whole = torch.ones((), dtype=torch.int64, device=device_of(backend))
+    with pytest.raises(RuntimeError, match=name):
+        functional.madam_(**lists, lr=0.1, backend=backend, **{name: whole})
     assert_equal(entries(lists), before)
 
 

@@ -439,6 +439,8 @@ def test_masters_that_do_not_fit_are_named(backend):
         step(torch.zeros(3, dtype=BF16), torch.float32)
     with pytest.raises(RuntimeError, match=r"masters has 2 entries for 1 params"):
         step(None, masters=[torch.zeros(3, dtype=BF16, device=device)] * 2)
+    with pytest.raises(RuntimeError, match=r"masters\[0\] .*meta\) must be on the device of params\[0\]"):
+        step(None, masters=[torch.zeros(3, dtype=BF16, device="meta")])
 
 
 WHOLE_MASTERS = {
@@ -454,8 +456,8 @@ WHOLE_MASTERS = {
 @pytest.mark.parametrize("case", [*WHOLE_MASTERS, "parameter"])
 def test_whole_masters_that_do_not_fit_are_named(case, backend):
     """Guards against torch's words, which name nothing, and a step that is done before the parameter is written."""
-    params = make_params((2, 4), torch.float16, device_of(backend))
-    groups = [{"params": [("a", params[0])]}, {"params": [("b", params[1])]}]
+    params = make_params((2, 4, 3), torch.float16, device_of(backend))
+    groups = [{"params": [("a", params[0])]}, {"params": [("c", params[2]), ("b", params[1])]}]
     optimizer = run(MAdam(groups, **BASE, master_weights=True, backend=backend), 0, 2)
     before = {name: value.clone() for name, value in states(optimizer)}
     state = optimizer.state[params[1]]
@@ -465,10 +467,10 @@ def test_whole_masters_that_do_not_fit_are_named(case, backend):
     else:
         state["master"] = WHOLE_MASTERS[case](state["master"])
         words = r"has a state whose 'master' is .* must be torch.float32 of shape \[4\]"
-    with pytest.raises(RuntimeError, match=r"^maxva: param_groups\[1\]\['params'\]\[0\], 'b' " + words):
+    with pytest.raises(RuntimeError, match=r"^maxva: param_groups\[1\]\['params'\]\[1\], 'b' " + words):
         run(optimizer, 2, 3)
     for name, value in states(optimizer):
-        assert name in ("params[1][0]", "master[1][0]") or torch.equal(value, before[name]), name
+        assert name in ("params[1][1]", "master[1][1]") or torch.equal(value, before[name]), name
     if case != "parameter":
         del state["master"]
         run(optimizer, 2, 3)

@@ -85,6 +85,21 @@ def test_named_parameters_count_once_whoever_repeats_them():
     assert "head.weight" not in decaying
 
 
+def test_first_of_a_shared_parameters_names_decides():
+    """Guards against a parameter in both groups where its names are of both kinds, and a name that is not its first."""
+    table, gain = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2))
+    pairs = [("a.bias", table), ("b.weight", table), ("c.weight", gain), ("d.weight", gain)]
+    assert names(param_groups_weight_decay(pairs, 0.1)) == [[], ["a.bias", "c.weight"]]
+    assert names(param_groups_weight_decay(pairs[1:2] + pairs[:1], 0.1)) == [["b.weight"], []]
+
+
+def test_a_modules_name_makes_no_bias():
+    """Guards against decay lost by all that is in a module with "bias" in its name, as T5's relative_attention_bias."""
+    pairs = [("relative_bias.weight", torch.ones(2, 3)), ("attention.relative_bias", torch.ones(2, 3))]
+    pairs = [(name, nn.Parameter(tensor)) for name, tensor in pairs]
+    assert names(param_groups_weight_decay(pairs, 0.1)) == [["relative_bias.weight"], ["attention.relative_bias"]]
+
+
 def test_bert_has_decay_where_its_authors_put_it():
     """Guards the rule on the model it is for: no decay for LayerNorms and biases, decay for everything else."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install '.[bench]'")
@@ -158,6 +173,9 @@ def test_engines(one_rank):
         )
         with pytest.raises(ValueError, match="model: FSDP1 has flattened"):
             param_groups_weight_decay(flat, 0.1)
+        if not whole:  # of what is wrapped
+            with pytest.raises(ValueError, match="model: FSDP1 has flattened '_flat_param'"):
+                param_groups_weight_decay(flat.module, 0.1)
     with FullyShardedDataParallel.summon_full_params(flat):
         groups = param_groups_weight_decay(flat, 0.1)
     assert names(groups) == [["0.weight"], ["0.bias"]]

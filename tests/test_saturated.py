@@ -177,11 +177,26 @@ def changed_through_a_view(optimizer):
 
 
 def replaced(optimizer):
-    """By a tensor that was written as often."""
-    for state in optimizer.state.values():
-        old = state["weight_sum"]
+    """By a tensor that was written as often as the one before, which lives on."""
+    optimizer.kept = [state["weight_sum"] for state in optimizer.state.values()]
+    for state, old in zip(optimizer.state.values(), optimizer.kept, strict=True):
         state["weight_sum"] = torch.full_like(old, 0.5).add_(0.25)
         assert state["weight_sum"]._version == old._version
+
+
+def replaced_where_it_was(optimizer):
+    """By a tensor that was written as often and has the identity of the one before, which is gone."""
+    for state in optimizer.state.values():
+        like, version, identity = torch.empty_like(state["weight_sum"]), state["weight_sum"]._version, None
+        wanted = id(state.pop("weight_sum"))
+        others = []
+        while identity != wanted and len(others) < 1000:
+            made = torch.full_like(like, 0.5).add_(0.25)
+            identity = id(made)
+            others.append(made)
+        assert identity == wanted
+        assert made._version == version
+        state["weight_sum"] = made
 
 
 def rewound_invisibly(optimizer):
@@ -248,6 +263,7 @@ INTERVENTIONS = [
     changed_visibly,
     changed_through_a_view,
     replaced,
+    replaced_where_it_was,
     rewound_invisibly,
     went_on_elsewhere,
     *map(said, (written_through_data_and_said, written_through_dlpack_and_said)),

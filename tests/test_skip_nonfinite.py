@@ -113,6 +113,20 @@ def test_gradient_scaler_overflows_are_skipped_once(backend):
     assert_same_bits(optimizer, other)
 
 
+@on_backends
+def test_overflow_that_only_the_scaler_knows_of(backend):
+    """Guards ``found_inf`` where the gradients are finite: a scaler may have found it in what was put right since."""
+    optimizer, other = (run(make(MAdam, backend), 0, 1) for _ in range(2))
+    set_grads([param for group in optimizer.param_groups for param in group["params"]], 1)
+    optimizer.found_inf = torch.ones((), device=device_of(backend))
+    optimizer.step()
+    assert_same_bits(optimizer, other)
+    optimizer.found_inf = torch.zeros((), device=device_of(backend))
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    assert_same_bits(optimizer, run(other, 1, 2))
+
+
 def test_count_goes_with_copies_and_is_no_groups():
     """Guards the count in `deepcopy` (and so pickle), and an option that only the whole optimizer can have."""
     optimizer = run(make(MAdam, "auto"))

@@ -215,15 +215,23 @@ def test_overflow_leaves_everything(backend):
     assert all(torch.equal(value, before[name]) for name, value in states(optimizer))
 
 
-def test_no_gradient_keeps_the_key():
-    """Guards against random numbers by a tensor's place among those that have a gradient."""
+def test_nan_of_any_bits_stays():
+    """Guards against a NaN that is rounded to -0, or cut to an infinity."""
+    bits = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001, 0x7F800001 - 2**31], dtype=torch.int32)
+    for random in (0, 0xFFFF):
+        assert rounding.round_stochastically(bits.view(torch.float32), torch.full_like(bits, random)).isnan().all()
+
+
+@pytest.mark.parametrize("since", [0, 1], ids=lambda step: f"none since step {step}")
+def test_no_gradient_keeps_the_key(since):
+    """Guards against random numbers by a tensor's place among those that have a gradient, or have a state."""
     runs = []
     for without in (False, True):
         optimizer = MAdam(make_params((5, 500)), **BASE, state_dtype=BF16, rounding_seed=3)
         first, second = params_of(optimizer)
         for step in range(3):
             set_grads([first, second], step)
-            if without:
+            if without and step >= since:
                 first.grad = None
             optimizer.step()
         runs.append({**optimizer.state[second], "param": second.detach()})

@@ -264,6 +264,50 @@ def test_step_that_is_skipped(backend):
 
 
 @on_backends
+@pytest.mark.parametrize(("value", "factor"), [(math.inf, 0.0), (math.nan, math.nan)])
+def test_clip_by_a_norm_that_is_not_finite(value, factor, backend):
+    """Guards a division by the factor 0, and a factor of 1 told where every gradient was made NaN."""
+    optimizer = make(MAdam, backend, max_grad_norm=1.0)
+    set_grads(params_of(optimizer), 0)
+    params_of(optimizer)[-1].grad[0] = value
+    optimizer.step()
+    told = optimizer.statistics()
+    assert told.clip_factor == pytest.approx(factor, nan_ok=True)
+    assert told.overall.grad_norm == pytest.approx(value, nan_ok=True)
+    assert all(math.isnan(group.grad_norm) for group in told.groups)
+
+
+@on_backends
+@pytest.mark.parametrize(
+    "option", [{"max_grad_norm": math.inf}, {"skip_nonfinite": True}], ids=lambda option: next(iter(option))
+)
+def test_norm_that_the_step_takes_is_exact(option, backend):
+    """Guards against the estimate told instead: what is not 0 lies where no sample is taken."""
+    assert not statistics.is_sampled(1)
+    optimizer = make(MAdam, backend, **option)
+    for param in params_of(optimizer):
+        param.grad = torch.zeros_like(param)
+    params_of(optimizer)[-1].grad[CHUNK + 3] = 5.0
+    optimizer.step()
+    told = optimizer.statistics()
+    assert told.overall.grad_norm == 5.0
+    assert told.groups[1].grad_norm == 0.0
+
+
+def test_coordinates_are_whole():
+    """Guards a count that is one too low where the estimate from the sample falls just below it."""
+    numel, counted = next(
+        (numel, counted)
+        for counted in range(1, CHUNK)
+        for numel in range(counted, CHUNK)
+        if counted * (numel / counted) < numel
+    )
+    recorder = statistics.Recorder()
+    recorder.table([(0, numel)], torch.device("cpu"))[0, 0] = counted
+    assert recorder.read(1).overall.coordinates == numel
+
+
+@on_backends
 def test_group_without_gradients(backend):
     """Guards the assignment of records to groups where one takes no part."""
     optimizer = make(MAdam, backend)
@@ -286,11 +330,22 @@ def test_before_a_step():
             optimizer.statistics()
 
 
+def test_switched_off():
+    """Guards against an older step told as the last one."""
+    optimizer = run(make(MAdam, "reference"), last=1)
+    optimizer.collect_statistics = False
+    run(optimizer, 1, 2)
+    with pytest.raises(RuntimeError, match="no step has been recorded"):
+        optimizer.statistics()
+
+
 def test_copies():
     """Guards pickles and copies of an optimizer that has told something: records are of one step of one optimizer."""
     optimizer = run(make(MAdam, "reference"))
     for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
         assert other.collect_statistics
+        with pytest.raises(RuntimeError, match="no step has been recorded"):
+            other.statistics()
         run(other, 4, 5)
         assert other.statistics().overall.coordinates == sum(SIZES)
 

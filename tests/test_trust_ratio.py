@@ -100,13 +100,17 @@ def test_updates_that_are_hardly_any(algorithm, backend):
 
 
 @on_backends
-def test_groups_with_and_without(backend):
-    """Guards groups that differ in it, which are stepped apart: each as it would be alone."""
+@pytest.mark.parametrize("first", [False, True], ids=["one", "both"])
+def test_groups_with_and_without(first, backend):
+    """Guards groups that differ in it, which are stepped apart: each as it would be alone. And ratios of two groups."""
     together, alone = (make_params(SIZES, device=device_of(backend)) for _ in range(2))
-    groups = [{"params": together[:1]}, {"params": together[1:], "trust_ratio": True, "amsgrad": True}]
+    groups = [
+        {"params": together[:1], "trust_ratio": first},
+        {"params": together[1:], "trust_ratio": True, "amsgrad": True},
+    ]
     optimizer = LaMAdam(groups, backend=backend, **BASE)
     apart = [
-        LaMAdam(alone[:1], backend=backend, **BASE),
+        LaMAdam(alone[:1], backend=backend, trust_ratio=first, **BASE),
         LaMAdam(alone[1:], backend=backend, trust_ratio=True, amsgrad=True, **BASE),
     ]
     for step in range(3):
