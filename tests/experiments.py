@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,7 +36,13 @@ def check_end_to_end(
         means = {rate: sum(run[score] for run in runs) for rate, runs in one["by_rate"].items()}
         assert {len(runs) for runs in one["by_rate"].values()} == {budget.chosen_on}, optimizer
         assert means[f"{one['lr']:g}"] == max(means.values()), optimizer
-        assert one["mean"] == pytest.approx(sum(one[score]) / budget.fresh)
+        differences = [a - b for a, b in zip(one[score], record["optimizers"][baseline][score], strict=True)]
+        for values, told in (
+            (one[score], [one["mean"], one["standard_error"]]),
+            (differences, one[f"minus_{baseline}"]),
+        ):
+            expected = [statistics.mean(values), statistics.stdev(values) / budget.fresh**0.5]
+            assert told == pytest.approx(expected, abs=1e-12), optimizer
     assert record["optimizers"][baseline][f"minus_{baseline}"] == [0, 0]
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "| LaMAdam |" in capsys.readouterr().out

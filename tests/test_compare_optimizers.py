@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -100,8 +101,10 @@ def test_all_optimizers_end_to_end(files, trained, tmp_path, monkeypatch, capsys
             if ended or name in ("AdamW", "MAdam", "LaMAdam"):
                 assert one["curves"]["loss"], name
                 assert min(one["curves"]["step_size"]) > 0, name
-        baseline = each["optimizers"]["AdamW"]
-        assert baseline["minus_baseline"] == [None if loss is None else 0 for loss in baseline["validation"]]
+        theirs = each["optimizers"]["AdamW"]["validation"]
+        for name, one in each["optimizers"].items():
+            pairs = zip(one["validation"], theirs, strict=True)
+            assert one["minus_baseline"] == [None if None in pair else pair[0] - pair[1] for pair in pairs], name
     assert record["runs"] == len(trained) == len(set(trained))
     assert "| LaMAdam |" in capsys.readouterr().out
 
@@ -274,6 +277,33 @@ def test_step_size_is_the_one_of_the_statistics(algorithm):
         param.grad = torch.randn(50, 20, generator=generator)
         measured = training._measured_step(optimizer, separate=True)
     assert measured == pytest.approx(optimizer.statistics().overall.mean_update, rel=1e-4)
+
+
+def test_all_have_the_same_conditions(files, monkeypatch):
+    """Guards what the page says is the same for every optimizer: gradients of norm 1 at most, a rate that rises and
+    then falls by a square root, decay of matrices alone; and that the held-out text is not what was trained on."""
+    torch.set_num_threads(1)
+    norms, rates = [], []
+
+    class Recording(torch.optim.SGD):
+        def step(self):
+            grads = [param.grad for group in self.param_groups for param in group["params"]]
+            norms.append(torch.nn.utils.get_total_norm(grads).item())
+            rates.append(self.param_groups[0]["lr"])
+            assert [group["weight_decay"] for group in self.param_groups] == [0.25, 0.0]
+            super().step()
+
+    text = training.Text(TINY, training.Source([files[1]], 0, Path(files[3])))
+    contender = training.Contender(lambda groups: Recording(groups, lr=1.0), 0.5, decay=0.25)
+    assert training.CLIP == 1
+    monkeypatch.setattr(training, "CLIP", 0.5)  # so small that gradients do not keep to it by themselves
+    training.train(TINY, text, contender, 0.1, 0)
+    assert norms == pytest.approx([0.5] * TINY.steps, rel=1e-4)
+    warmup = TINY.steps // 4
+    falling = [((TINY.steps - step) / (TINY.steps - warmup)) ** 0.5 for step in range(warmup, TINY.steps)]
+    assert rates == pytest.approx([0.1 * k for k in [*((i + 1) / warmup for i in range(warmup)), *falling]])
+    bodies = text.held_out.tokens
+    assert np.array_equal(bodies.ravel(), text.tokens.held_out[: bodies.size])
 
 
 def test_a_run_repeats(files):

@@ -111,6 +111,29 @@ def test_bytes_of_features():
     assert more == {"amsgrad": 100 * 8, "clip": 100 * 4, "statistics": 0, "trust ratio": 100 * 24} | less
 
 
+@pytest.mark.skipif(BACKEND == "reference", reason="it reads w")
+@pytest.mark.parametrize("state_dtype", [None, "bfloat16"])
+def test_saturated_is_without_w(state_dtype):
+    """Guards the lines of fewer bytes: w must be 1, and the kernels must know it and leave it alone."""
+    made = []
+
+    def algorithm(params, **settings):
+        made.append(MAdam(params, **settings))
+        return made[-1]
+
+    sets = [contenders.make_params([(100, 100), (7,)], torch.float32) for _ in range(2)]
+    options = contenders.Options(saturated=True, state_dtype=state_dtype)
+    contender = contenders.ours("MAdam, saturated", algorithm, BACKEND, sets, options)
+    weight_sums = [state["weight_sum"] for optimizer in made for state in optimizer.state.values()]
+    assert len(weight_sums) == 4
+    for w in weight_sums:
+        assert (w == 1).all()
+        w.data[-1] = 0.25  # which no counter tells
+    for _ in range(4):
+        contender.step()
+    assert all((w[-1] == 0.25).all() for w in weight_sums)
+
+
 def test_bytes_of_a_quantized_state():
     """Guards against counting an 8-bit state as the float32 that its wrapper says it is."""
 
@@ -175,9 +198,11 @@ def test_contenders_do_the_work_on_every_copy(dtype, options, small):
     )
 
 
-def test_clipping_limits_every_contender(small):
-    """Guards against a contender that is timed as clipping and does not: the paper's lines must step as MAdam does."""
-    options, after = contenders.Options(max_grad_norm=1e-3), {}
+def test_clipping_limits_every_contender(small, monkeypatch):
+    """Guards against a contender that is timed as clipping and does not: the paper's lines must step as MAdam does. They
+    are clipped to the size of eps: to larger gradients a constant factor makes hardly a difference."""
+    monkeypatch.setitem(contenders.OPTIONS, "eps", 1e-2)
+    options, after = contenders.Options(max_grad_norm=0.1), {}
     for make in (paper.eager, lambda *given: contenders.ours("MAdam", MAdam, "reference", *given)):
         torch.manual_seed(0)
         params = contenders.make_params(SMALL, torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from pathlib import Path
 
@@ -137,3 +138,6 @@ def test_the_best_is_found_where_it_is():
     assert all(row["betas"] == (0.9, 0.9) for row in found["by_rate"])
     assert found["batches"] == pytest.approx([0.7 + 49.5 / 199, 0.7 + 149.5 / 199])
     assert found["best"]["mean"] == pytest.approx(1.2)
+    deviation = statistics.stdev(i / 199 for i in range(200))  # of all rates the same
+    for row in (found["best"], *found["by_rate"]):
+        assert row["standard_error"] == pytest.approx(deviation / 200**0.5)
