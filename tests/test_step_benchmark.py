@@ -199,8 +199,8 @@ def test_contenders_do_the_work_on_every_copy(dtype, options, small):
 
 
 def test_clipping_limits_every_contender(small, monkeypatch):
-    """Guards against a contender that is timed as clipping and does not: the paper's lines must step as MAdam does. They
-    are clipped to the size of eps: to larger gradients a constant factor makes hardly a difference."""
+    """Guards against a contender that is timed as clipping and does not: the paper's lines must step as MAdam does.
+    Gradients are clipped to the size of eps: to larger ones a constant factor makes hardly a difference."""
     monkeypatch.setitem(contenders.OPTIONS, "eps", 1e-2)
     options, after = contenders.Options(max_grad_norm=0.1), {}
     for make in (paper.eager, lambda *given: contenders.ours("MAdam", MAdam, "reference", *given)):

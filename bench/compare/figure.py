@@ -28,14 +28,17 @@ def draw(record: dict[str, Any]) -> Any:
             ended = [row for row in one["by_rate"] if None not in row["validation"]]
             means = [statistics.mean(row["validation"]) for row in ended]
             left.plot([row["lr"] for row in ended], means, marker=".", **style)
-            left.plot([one["lr"]] * len(one["validation"]), one["validation"], "x", color=colour, markersize=4)
+            mark = "+" if " at " in name else "x"
+            left.plot([one["lr"]] * len(one["validation"]), one["validation"], mark, color=colour, markersize=4)
             curves = one["curves"]
             label = f"{name.partition(' at ')[0]}, lr {one['lr']:g}"
             middle.plot(curves["step"], curves["loss"], label=label, **style)
             right.plot(curves["measured"], curves["step_size"], **style)
         left.axhline(each["unigram"], color="gray", linestyle=":", linewidth=0.8)
         left.set(xlabel="learning rate", ylabel=f"{each['case']}: loss (nats)")
-        left.set_title(f"held out: mean of {record['budget']['chosen_on']} seeds by rate; x: fresh ones at the best")
+        given = ", + at others" if any(" at " in name for name in each["optimizers"]) else ""
+        chosen_on = record["budget"]["chosen_on"]
+        left.set_title(f"held out: mean of {chosen_on} seeds; fresh ones: x at the best{given}", fontsize="medium")
         low = min((min(one["curves"]["loss"], default=9.0) for one in each["optimizers"].values()), default=0.0)
         middle.set(xlabel="step", title="training, mean of the fresh seeds", ylim=(low - 0.1, each["unigram"] + 0.6))
         right.set(xlabel="step", title="mean |change of a parameter| in a step")
