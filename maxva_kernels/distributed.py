@@ -2,7 +2,8 @@
 
 Each rank steps on what it holds. The gradient norm is over all ranks: each takes the norm of its own part, the norms
 are gathered, and every rank adds them in the same order, so that all clip by the same bits. Which ranks gather follows
-from the parameters alone, never from which of them have a gradient: a rank whose shards are empty takes part.
+from the parameters alone, never from which of them have a gradient: a rank whose shards are empty takes part. Only
+trust ratios ask that the same parameters have a gradient on all ranks, as engines see to.
 """
 
 from __future__ import annotations
@@ -172,11 +173,11 @@ def by_spread(
 
 
 def whole_norms(norms: Tensor, owners: Sequence[Any]) -> Tensor:
-    """For each owner the norms of the whole tensors from those of the parts that are here: a row of them each."""
+    """For each owner the norms of the whole tensors from those of the parts that are here, which it may write over: a
+    row of them each."""
     if not any_dtensor(owners):
         return norms
     each = _spread_of_each(owners)
-    norms = norms.clone()
     for spread in dict.fromkeys(each):
         if spread is not None:
             rows = torch.tensor([i for i, its in enumerate(each) if its == spread], device=norms.device)

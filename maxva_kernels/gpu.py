@@ -217,8 +217,8 @@ def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:
         checks.check_grads(grads)
         i = next(i for i, grad in enumerate(grads) if grad.device != grads[0].device)
         raise RuntimeError(f"maxva: {checks.describe(grads[i], 'grads', i)} is on another device than grads[0]")
-    if not all(map(Tensor.is_contiguous, grads)) or any(map(Tensor.is_neg, grads)):
-        grads = [layouts.dense(grad.resolve_neg()) for grad in grads]
+    if not all(map(Tensor.is_contiguous, grads)):
+        grads = [layouts.dense(grad) for grad in grads]
     device, double = grads[0].device, torch.float64 in dtypes
     stream = current_stream(device)
 

@@ -238,15 +238,21 @@ def test_step_of_other_types(step):
 
 
 def test_other_entries_pass():
-    """Guards against entries dropped that a user keeps in the state or in a group."""
+    """Guards against entries dropped that a user keeps in the state or in a group, and tensors among them that are made
+    to fit the parameter or stay the checkpoint's."""
     saved = run(make(MAdam, "auto"), 0, 1)
     first = saved.param_groups[0]["params"][0]
-    saved.state[first]["mine"] = [1, "two"]
+    saved.state[first] |= {"mine": [1, "two"], "seen": torch.tensor([7.0])}
     saved.param_groups[0]["tag"] = "encoder"
     loaded = make(MAdam, "auto")
-    loaded.load_state_dict(through_file(saved.state_dict()))
-    assert loaded.state[loaded.param_groups[0]["params"][0]]["mine"] == [1, "two"]
-    assert loaded.param_groups[0]["tag"] == "encoder"
+    for state_dict in (through_file(saved.state_dict()), saved.state_dict()):
+        loaded.load_state_dict(state_dict)
+        its = loaded.state[loaded.param_groups[0]["params"][0]]
+        assert its["mine"] == [1, "two"]
+        assert its["seen"].tolist() == [7.0]
+        assert loaded.param_groups[0]["tag"] == "encoder"
+    its["seen"].zero_()
+    assert saved.state[first]["seen"].tolist() == [7.0]
     run(loaded, 1, 2)
 
 

@@ -20,9 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 import maxva_kernels
@@ -76,6 +77,29 @@ def test_engine_does_what_one_process_does(engine, option, name, ranks):
             torch.testing.assert_close(states, expected_states, rtol=1e-10, atol=1e-13)
 
 
+def zero_on_some_ranks(name: str) -> list[torch.Tensor]:
+    """The parameters after steps of ZeroRedundancyOptimizer on ranks 0 and 1, and of another on rank 2, whose gradients
+    are larger."""
+    both, own = dist.new_group([0, 1]), dist.new_group([2])
+    alone_here = dist.get_rank() == 2
+    params = [torch.nn.Parameter(tensor) for tensor in random(0, torch.float64)]
+    options = {"process_group": own if alone_here else both, "lr": 0.1, "max_grad_norm": 0.5}
+    optimizer = ZeroRedundancyOptimizer(params, getattr(maxva_kernels, name), **options)
+    for step in range(4):
+        for param, grad in zip(params, random(1 + step, torch.float64), strict=True):
+            param.grad = 16 * grad if alone_here else grad
+        optimizer.step()
+    return [param.detach() for param in params]
+
+
+@by_name
+def test_zero_on_some_ranks(name, pools):
+    """Guards against a norm over all ranks where the parameters are divided among some: a wrong clip, or a hang."""
+    expected, _ = step_alone(name, torch.float64, {"max_grad_norm": 0.5})
+    for params in pools(3)(zero_on_some_ranks, name):
+        torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_the_clip_is_at_work():
     """Guards the test above against an option without effect."""
     plain, clipped = (run("MAdam", alone, steps=2, **OPTIONS[option])[1] for option in ("plain", "clip"))
@@ -120,13 +144,18 @@ def step_alone(name: str, dtype: torch.dtype, options: dict[str, Any], steps: in
     return steps_on(name, lambda seed: random(seed, dtype), options, steps)
 
 
-def steps_on(name: str, tensors: Callable[[int], list[Any]], options: dict[str, Any], steps: int):
-    """Parameters are tensors(0), the gradients of the steps tensors(1), tensors(2), ..."""
+def steps_on(
+    name: str, tensors: Callable[[int], list[Any]], options: dict[str, Any], steps: int, without: Iterable[int] = ()
+):
+    """Parameters are tensors(0), the gradients of the steps tensors(1), tensors(2), ...; those `without` have one in
+    the first step alone."""
     params = [torch.nn.Parameter(tensor) for tensor in tensors(0)]
     optimizer = getattr(maxva_kernels, name)(params, lr=0.1, **options)
     for step in range(steps):
         for param, grad in zip(params, tensors(1 + step), strict=True):
             param.grad = grad
+        for i in without if step > 0 else ():
+            params[i].grad = None
         optimizer.step()
     return [whole(param) for param in params], [engines.state_of(optimizer, param) for param in params]
 
@@ -166,6 +195,24 @@ def test_replicas_count_once_in_the_norm_and_agree(kind, ranks):
         assert same_bits(params, everyone[0][0])
 
 
+def trust_on_shards(name: str, kind: str) -> list[torch.Tensor]:
+    """The parameters after steps by trust ratios in which the first two have a gradient only at first."""
+    mesh, placements = placements_of(kind)
+    tensors = functools.partial(spread, mesh=mesh, placements=placements)
+    options = {"trust_ratio": True, "weight_decay": 0.1}
+    return steps_on(name, lambda seed: tensors(random(seed, torch.float64)), options, 4, without=(0, 1))[0]
+
+
+@by_name
+@pytest.mark.parametrize("kind", ["rows", "mixed", "two dimensions"])
+def test_trust_ratios_where_some_have_no_gradient(kind, name, ranks):
+    """Guards against the ratio of another parameter, or of a part of one, beside those that are left out."""
+    options = {"trust_ratio": True, "weight_decay": 0.1}
+    expected, _ = steps_on(name, lambda seed: random(seed, torch.float64), options, 4, without=(0, 1))
+    for params in ranks(trust_on_shards, name, kind):
+        torch.testing.assert_close(params, expected, rtol=1e-12, atol=1e-14)
+
+
 @by_name
 def test_tensors_cut_along_two_dimensions(name, pools):
     """Guards against a norm over one dimension of the mesh, where a tensor's quarters are on four ranks."""
@@ -198,14 +245,14 @@ def test_norm_of_shards(dtype, kind, ranks):
         assert norm.item() == norms[0].item()
 
 
-def step_with_gradients_on_one_rank(name: str):
+def step_with_gradients_on_one_rank(name: str, dtype: torch.dtype):
     """Rank 0 alone has gradients; and a second optimizer is stepped after it, whose collectives must meet too."""
     mesh, placements = placements_of("rows")
-    params = [torch.nn.Parameter(p) for p in spread(random(0, torch.float32), mesh, placements)]
-    other = [torch.nn.Parameter(p) for p in spread(random(5, torch.float32), mesh, placements)]
+    params = [torch.nn.Parameter(p) for p in spread(random(0, dtype), mesh, placements)]
+    other = [torch.nn.Parameter(p) for p in spread(random(5, dtype), mesh, placements)]
     before = [whole(param) for param in params]
     optimizers = [getattr(maxva_kernels, name)(group, max_grad_norm=0.1) for group in (params, other)]
-    grads = spread(random(1, torch.float32), mesh, placements)
+    grads = spread(random(1, dtype), mesh, placements)
     for param, second, grad in zip(params, other, grads, strict=True):
         second.grad = grad
         if dist.get_rank() == 0:
@@ -216,10 +263,35 @@ def step_with_gradients_on_one_rank(name: str):
 
 
 @by_name
-def test_rank_without_gradients_joins_the_norm(name, ranks):
-    """Guards against a hang: a rank that has nothing to step on, or not yet, must still be met by the others."""
-    for moved in ranks(step_with_gradients_on_one_rank, name):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rank_without_gradients_joins_the_norm(dtype, name, ranks):
+    """Guards against a hang: a rank that has nothing to step on, or not yet, must still be met by the others, with a
+    number of the type that theirs are of."""
+    for moved in ranks(step_with_gradients_on_one_rank, name, dtype):
         assert moved[0]
+
+
+def norm_over_several_meshes() -> torch.Tensor:
+    """The norm of tensors on meshes of the same ranks: a second of two dimensions, and one with the ranks turned round.
+    A clip by it can be taken too."""
+    first = init_device_mesh("cpu", (2,))
+    second = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    third = DeviceMesh("cpu", [1, 0])
+    grads = random(7, torch.float64)[4:5] * 3
+    where = [(first, [Shard(0)]), (second, [Replicate(), Shard(1)]), (third, [Shard(0)])]
+    parts = [distribute_tensor(grad, *place) for grad, place in zip(grads, where, strict=True)]
+    params = [torch.nn.Parameter(part.clone()) for part in parts]
+    for param, part in zip(params, parts, strict=True):
+        param.grad = part
+    MAdam(params, max_grad_norm=1.0).step()
+    return functional.grad_norm(parts)
+
+
+def test_norm_over_several_meshes_of_the_same_ranks(pools):
+    """Guards against refusing, or a wrong norm, where tensor parallelism has a mesh and FSDP another of its ranks."""
+    expected = functional.grad_norm(random(7, torch.float64)[4:5] * 3)
+    for norm in pools(2)(norm_over_several_meshes):
+        torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
 
 
 def redistributed_gradients() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -383,19 +455,29 @@ def refusal(kind: str) -> str:
     first, second = (torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), mesh, [Shard(0)])) for _ in range(2))
     plain = torch.nn.Parameter(torch.ones(3))
     names: list[tuple[str, torch.Tensor]] = [("first", first), ("second", second)]
-    if kind in ("plain beside sharded", "plain beside sharded, no clip"):
+    if kind in ("plain beside sharded", "plain beside sharded, no clip", "sharded gradient of a plain one"):
         names.append(("plain", plain))
-    if kind == "ranks differ":
+    if kind == "ranks of the third differ":
+        turned = DeviceMesh("cpu", [1, 0])
+        names.append(("turned", torch.nn.Parameter(distribute_tensor(torch.ones(4, 4), turned, [Shard(0)]))))
+    if kind in ("ranks differ", "ranks of the third differ"):
         own = init_device_mesh("cpu", (2, 1), mesh_dim_names=("x", "y"))["y"]
         names.append(("expert", torch.nn.Parameter(distribute_tensor(torch.ones(4), own, [Shard(0)]))))
     optimizer = MAdam(names, max_grad_norm=None if kind.endswith("no clip") else 1.0)
     for _, param in names[1:] if kind == "plain beside sharded" else names:  # an index may count what has no gradient
         param.grad = torch.ones_like(param)
+    if kind == "norm of what is to be added up":
+        parts = [first.grad, DTensor.from_local(torch.ones(4, 4), mesh, [Partial()])]
+        return _message(lambda: functional.grad_norm(parts))
+    if kind == "sharded gradient of a plain one":
+        return _step_with(optimizer, 2, distribute_tensor(torch.ones(3), mesh, [Shard(0)]))
     if kind == "plain gradient":
-        return _step_with(optimizer, second, torch.ones(2, 4))
+        return _step_with(optimizer, 1, torch.ones(2, 4))
+    if kind == "plain gradient behind none":
+        return _step_with(optimizer, 1, torch.ones(2, 4), without=0)
     if kind == "gradient on another mesh":
         other = init_device_mesh("cpu", (2, 1), mesh_dim_names=("x", "y"))
-        return _step_with(optimizer, second, distribute_tensor(torch.ones(4, 4), other, [Shard(0), Replicate()]))
+        return _step_with(optimizer, 1, distribute_tensor(torch.ones(4, 4), other, [Shard(0), Replicate()]))
     if kind.startswith("loaded"):
         optimizer.step()
         saved = optimizer.state_dict()
@@ -408,10 +490,12 @@ def refusal(kind: str) -> str:
     return _message(optimizer.step)
 
 
-def _step_with(optimizer: torch.optim.Optimizer, param: torch.Tensor, grad: torch.Tensor) -> str:
+def _step_with(optimizer: torch.optim.Optimizer, index: int, grad: torch.Tensor, without: int | None = None) -> str:
     """Autograd refuses to set such gradients; the functional form is not asked."""
     groups = gather(optimizer.param_groups, optimizer.state, [])
-    groups[0].tensors.grads[1] = grad
+    groups[0].tensors.grads[index] = grad
+    if without is not None:
+        groups[0].tensors.grads[without] = None
     with torch.no_grad():
         return _message(lambda: functional.step_groups(groups, laprop=False, backend="cpu"))
 
@@ -428,7 +512,11 @@ REFUSALS = {
     "plain beside sharded": ("params[2] is a plain tensor beside DTensors", "'plain'", "distribute_tensor"),
     "plain beside sharded, no clip": (),
     "ranks differ": ("same ranks", "params[2]", "'expert'", "clip before the step"),
+    "ranks of the third differ": ("same ranks", "params[3]", "'expert'", "clip before the step"),
+    "norm of what is to be added up": ("grads[1] is still to be added up", "Partial", "redistribute"),
     "plain gradient": ("grads[1] is a plain tensor, but its parameter is a DTensor",),
+    "plain gradient behind none": ("grads[0] is a plain tensor, but its parameter is a DTensor",),
+    "sharded gradient of a plain one": ("grads[2] is a DTensor, but its parameter is a plain tensor", "to_local"),
     "gradient on another mesh": ("grads[1] is on another device mesh", "redistribute"),
     "loaded, whole": ("state of parameter 1", "exp_avg", "plain tensor", "set_optimizer_state_dict"),
     "loaded, of other placement": ("state of parameter 1", "exp_avg", "Shard(dim=1)", "set_optimizer_state_dict"),
@@ -454,8 +542,8 @@ def wrapped(engine: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[t
     return model, engines.make_optimizer("MAdam", model, **options)
 
 
-def clip_under_fsdp1(engine: str) -> str:
-    model, optimizer = wrapped(engine, torch.float32, {"max_grad_norm": 1.0})
+def norm_under_fsdp1(engine: str, options: dict[str, Any]) -> str:
+    model, optimizer = wrapped(engine, torch.float32, options)
     engines.loss_of(model, 0, engines.my_rows()).backward()
     return _message(optimizer.step)
 
@@ -464,10 +552,18 @@ fsdp1 = pytest.mark.parametrize("engine", ["FSDP1", "FSDP1, use_orig_params"])
 
 
 @fsdp1
-def test_engine_whose_partition_is_its_own_clips_itself(engine, pools):
-    """Guards against a clip by the norm of one rank's part, which nothing in the parameters tells."""
-    for message in pools(2)(clip_under_fsdp1, engine):
+@pytest.mark.parametrize("options", [{"max_grad_norm": 1.0}, {"skip_nonfinite": True}, {"trust_ratio": True}], ids=str)
+def test_engine_whose_partition_is_its_own_clips_itself(options, engine, pools):
+    """Guards against a clip, or a ratio, by the norm of one rank's part, which nothing in the parameters tells, and
+    against ranks that skip a step by themselves."""
+    for message in pools(2)(norm_under_fsdp1, engine, options):
         assert "clip_grad_norm_" in message
+
+
+@fsdp1
+def test_one_rank_has_the_whole(engine, pools):
+    """Guards against refusing a clip under an engine that has divided nothing, in a run tried out on one GPU."""
+    assert pools(1)(norm_under_fsdp1, engine, {"max_grad_norm": 1.0}) == [""]
 
 
 def overflow_under_fsdp1(engine: str) -> list[tuple[int, float]]:
@@ -536,3 +632,4 @@ def test_state_that_an_engine_cannot_save_is_refused(kind, pools):
     for message in pools(2)(save_and_resume, engine, dtype, options):
         for part in expected:
             assert part in message
+    assert pools(1)(save_and_resume, engine, dtype, options) == ["resumed"]

@@ -25,6 +25,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import maxva_kernels
 from maxva_kernels.checkpoint import place_steps
+from maxva_kernels.gathering import gather
 
 NAMES = [algorithm.__name__ for algorithm in ALGORITHMS]
 OPTIONS: dict[str, Any] = {"amsgrad": True, "max_grad_norm": 0.1, "weight_decay": 0.1}
@@ -111,6 +112,24 @@ def test_checkpoint_continues_on_another_number_of_ranks(full, dtype, name, pool
         assert {int(value) for key, value in ended if key.endswith("step")} == {END}
 
 
+def step_after_loading(name: str) -> list[str]:
+    """What changes of an optimizer as another steps that has loaded its state dict."""
+    model, optimizer = start(name, torch.float64)
+    train_step(model, optimizer, 0, rows())
+    other, loaded = start(name, torch.float64)
+    loaded.load_state_dict(optimizer.state_dict())
+    before = whole_state(model, optimizer)
+    train_step(other, loaded, 1, rows())
+    after = dict(whole_state(model, optimizer))
+    return [key for key, value in before if not torch.equal(after[key], value)]
+
+
+@by_name
+def test_loading_copies_shards(name, pools):
+    """Guards against an optimizer that steps in the DTensors of the checkpoint that it has loaded."""
+    assert pools(2)(step_after_loading, name) == [[], []]
+
+
 def test_steps_on_the_cpu_are_brought_back():
     """Guards a run on a GPU that ZeroRedundancyOptimizer has resumed: it puts what has no dimensions on the CPU."""
     with FakeTensorMode():  # tensors without memory, so that a GPU is not needed
@@ -118,6 +137,13 @@ def test_steps_on_the_cpu_are_brought_back():
         state = {param: {"step": torch.zeros((), dtype=torch.int64), "exp_avg": param} for param in params}
         place_steps(state)
         assert [entries["step"].device.type for entries in state.values()] == ["cuda", "cuda"]
+        optimizer = maxva_kernels.MAdam([torch.nn.Parameter(torch.empty(3))])
+        (param,) = optimizer.param_groups[0]["params"] = [torch.nn.Parameter(params[0])]
+        param.grad = torch.empty_like(param)
+        gather(optimizer.param_groups, optimizer.state, [])
+        optimizer.state[param]["step"] = torch.zeros((), dtype=torch.int64)
+        (group,) = gather(optimizer.param_groups, optimizer.state, [])
+        assert group.tensors.steps[0].device.type == "cuda", "a step asks for it"
 
 
 # --- ZeRO -----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import torch
 from cases import ALGORITHMS, BASE, OPTIONS, assert_same_bits, make_params, run, set_grads, states
 from torch.nn import Parameter
 
-from maxva_kernels import MAdam, _ops, gpu, gpu_ops
+from maxva_kernels import MAdam, _ops, functional, gpu, gpu_ops
 from maxva_kernels.backends.registry import select
-from maxva_kernels.groups import Group, Hyperparameters, Scaling, TensorLists
+from maxva_kernels.groups import MOMENTS, Group, Hyperparameters, Scaling, TensorLists
 from maxva_kernels.launch import PACKED_GROUP
 
 SHAPES = ((3, 5), 70, (2, 2, 2, 2))
@@ -29,10 +29,10 @@ def launcher(simulated):
 class Pair:
     """The same run by the simulated GPU and by the CPU kernels, which must agree after every step."""
 
-    def __init__(self, launcher, **options):
+    def __init__(self, launcher, dtype=torch.float32, **options):
         options = {**BASE, **options}
-        self.ours = MAdam(make_params(SHAPES), backend=launcher.backend, **options)
-        self.theirs = MAdam(make_params(SHAPES), backend="cpu", **options)
+        self.ours = MAdam(make_params(SHAPES, dtype), backend=launcher.backend, **options)
+        self.theirs = MAdam(make_params(SHAPES, dtype), backend="cpu", **options)
         self.count = 0
 
     def both(self, change):
@@ -173,6 +173,96 @@ def test_what_the_table_holds_changes(pair, change):
     assert [pair.step(), pair.step()] == [1, 0]
 
 
+def test_state_that_became_smaller(pair):
+    """Guards against a kernel that reads beyond a state whose address has stayed."""
+    state = pair.ours.state[params_of(pair.ours)[1]]
+    state["grad_var"] = state["grad_var"][:33]
+    set_grads(params_of(pair.ours), 9)
+    with pytest.raises(RuntimeError, match=r"grad_vars\[1\] .*must have the shape"):
+        pair.ours.step()
+
+
+@pytest.mark.parametrize("trust_ratio", [False, True])
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)], ids=str)
+def test_two_dtypes(dtypes, trust_ratio, launcher):
+    """Guards float64 parameters, whose gradients are to be float64, among others; and trust ratios and norms of two
+    launches, which each have a part of them."""
+    runs = []
+    for backend in (launcher.backend, "cpu"):
+        params = [param for dtype in dtypes for param in make_params((70, 5), dtype)]
+        optimizer = MAdam(params, **BASE, trust_ratio=trust_ratio, backend=backend)
+        for step in range(2):
+            set_grads(params, step, dtype=torch.float32)
+            optimizer.step()
+        runs.append(optimizer)
+    assert_same_bits(*runs)
+
+
+def test_parameters_change_groups(pair):
+    """Guards against the hyperparameters of the group that a parameter has left."""
+
+    def move_to_the_first_group(optimizer):
+        first, second = optimizer.param_groups
+        first["params"].append(second["params"].pop(0))
+
+    def second_group(optimizer):
+        optimizer.add_param_group({"params": make_params((9, 4), seed=3), "lr": 0.3, "beta1": 0.2})
+
+    pair.both(second_group)
+    pair.step()
+    pair.both(move_to_the_first_group)
+    assert [pair.step(), pair.step()] == [1, 0]
+
+
+def swap_max(optimizer):
+    state = optimizer.state[params_of(optimizer)[1]]
+    optimizer.old = state["max_denom"]  # kept, so that a failure is no crash
+    state["max_denom"] = optimizer.old.clone()
+
+
+def swap_master(optimizer):
+    state = optimizer.state[params_of(optimizer)[1]]
+    optimizer.old = state["master"]
+    state["master"] = optimizer.old.clone()
+
+
+def other_seed(optimizer):
+    optimizer.param_groups[0]["rounding_seed"] = 7
+
+
+def float16_at_the_same_address(optimizer):
+    """As where an allocator gives a new model the memory of one that is gone."""
+    for param in params_of(optimizer):
+        param.data = param.data.view(torch.float16)
+
+
+def narrow_state_at_the_same_address(optimizer):
+    optimizer.param_groups[0]["state_dtype"] = "bfloat16"
+    for param in params_of(optimizer):
+        state = optimizer.state[param]
+        for name in MOMENTS:
+            state[name] = state[name].flatten().view(torch.bfloat16)[: param.numel()].zero_().view(param.shape)
+
+
+OF_OPTIONS = [
+    (swap_max, {"amsgrad": True}),
+    (swap_master, {"master_weights": True}),
+    (other_seed, {"stochastic_rounding": True}),
+    (float16_at_the_same_address, {}),
+    (narrow_state_at_the_same_address, {"stochastic_rounding": True}),
+]
+
+
+@pytest.mark.parametrize(("change", "options"), OF_OPTIONS, ids=lambda value: getattr(value, "__name__", None))
+def test_what_the_table_holds_with_options_changes(change, options, launcher):
+    """Guards against a step on freed memory, by another dtype or by other random numbers: of what a table holds only
+    with an option, or knows only by an address that stays."""
+    pair = Pair(launcher, torch.bfloat16, **options)
+    assert pair.step() == 1
+    pair.both(change)
+    assert [pair.step(), pair.step()] == [1, 0]
+
+
 def test_changes_that_need_no_table(pair):
     """Guards against tables made for what travels with the launch."""
 
@@ -191,6 +281,8 @@ def test_known_tensors_are_not_checked_again(monkeypatch, launcher):
     run(optimizer, 0, 1)
     monkeypatch.setattr(gpu.checks, "check_groups", lambda groups: pytest.fail("checked again"))
     run(optimizer, 1, 3)
+    params[0].grad = None
+    optimizer.step()
 
 
 def test_optimizers_take_turns(launcher):
@@ -200,11 +292,13 @@ def test_optimizers_take_turns(launcher):
 
 
 def test_room_is_limited(monkeypatch, launcher):
-    """Guards against tables kept for ever, and against a table that is gone and not made again."""
+    """Guards against tables kept for ever, against a table that is gone and not made again, and against the loss of one
+    that was used a moment ago, which a kernel may be about to read."""
     monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)(room=2))
     pairs = [Pair(launcher), Pair(launcher), Pair(launcher)]
     assert [pair.step() for pair in pairs + pairs] == [1] * 6
     assert [pairs[2].step(), pairs[1].step(), pairs[2].step(), pairs[0].step(), pairs[2].step()] == [0, 0, 0, 1, 0]
+    assert [pairs[1].step(), pairs[2].step()] == [1, 0]
 
 
 def test_table_holds_no_tensors(pair):
@@ -225,8 +319,6 @@ def test_norm_tables_depend_on_sizes_only(launcher):
     optimizer = MAdam([Parameter(torch.randn(n)) for n in (70, 40_000, 3)], backend=launcher.backend, max_grad_norm=1.0)
     run(optimizer, last=3)
     assert gpu.norm_tables.made == first + 1
-    from maxva_kernels import functional
-
     assert torch.equal(
         functional.grad_norm(grads, backend=launcher.backend), functional.grad_norm(grads, backend="cpu")
     )
@@ -293,6 +385,18 @@ def test_new_tensors_in_a_capture_are_refused(pair, monkeypatch):
     assert all(torch.equal(before[name], value) for name, value in states(pair.ours))
 
 
+def test_norm_of_new_gradients_in_a_capture_is_refused(launcher, monkeypatch):
+    """Guards against the same copy for a norm, and against a norm's table dropped while a graph still reads it."""
+    grads = [torch.randn(70), torch.randn(3)]
+    functional.grad_norm(grads, backend=launcher.backend)
+    monkeypatch.setattr(gpu, "is_capturing", lambda: True)
+    functional.grad_norm(grads, backend=launcher.backend)
+    (table,) = gpu.norm_tables._kept.values()
+    assert [table] == list(gpu.norm_tables._tables.values())
+    with pytest.raises(RuntimeError, match="side stream before the capture"):
+        functional.grad_norm(grads[:1], backend=launcher.backend)
+
+
 def test_captured_tables_are_kept(pair, monkeypatch):
     """Guards against a table dropped while a graph still reads it."""
     cache = gpu.step_tables
@@ -305,6 +409,17 @@ def test_captured_tables_are_kept(pair, monkeypatch):
         cache.find((i,), object, False)
     assert table not in cache._tables.values()
     assert table in cache._kept.values()
+
+
+def test_every_captured_table_is_kept(launcher, monkeypatch):
+    """Guards against a second graph's table kept in place of the first one's."""
+    pairs = [Pair(launcher), Pair(launcher)]
+    assert [pair.step() for pair in pairs] == [1, 1]
+    monkeypatch.setattr(gpu, "is_capturing", lambda: True)
+    assert [pair.step() for pair in pairs] == [0, 0]
+    kept = {id(table) for table in gpu.step_tables._kept.values()}
+    assert kept == {id(table) for table in gpu.step_tables._tables.values()}
+    assert len(kept) == 2
 
 
 def test_what_captured_launches_read_is_kept(launcher, monkeypatch):
@@ -373,6 +488,17 @@ def test_operator_on_gpu_tensors(launcher):
     assert torch.equal(gpu_ops.grad_norm(grads), torch.ops.maxva.grad_norm.default(grads))
 
 
+def test_operator_tells_norms_and_takes_ratios(launcher, monkeypatch):
+    """Guards a compiled step by trust ratios: norms that are not handed back would make every ratio 1."""
+    runs = []
+    for call in (gpu_ops.step_, _ops.step_):
+        monkeypatch.setattr(_ops, "step_", call)
+        optimizer = MAdam(make_params(SHAPES), **BASE, trust_ratio=True, max_grad_norm=1.0, backend="cpu")
+        runs.append(run(optimizer, last=2))
+    assert {launch.kernel.split("<")[0] for launch in launcher.launches} >= {"step_kernel", "update_total_kernel"}
+    assert_same_bits(*runs)
+
+
 def test_operator_divides_keys_and_records(launcher, monkeypatch):
     """Guards against the random numbers of another group's parameters, and records that one launch writes over those
     of the one before."""
@@ -389,19 +515,27 @@ def test_operator_divides_keys_and_records(launcher, monkeypatch):
         assert mine == pytest.approx(other, rel=1e-6)
 
 
-def test_compiled_step_is_one_graph(launcher):
-    """Guards against addresses taken while a graph is traced: a compiled step must be the operator's call, whole."""
+@pytest.mark.parametrize(
+    "options", [{"max_grad_norm": 1.0}, {"trust_ratio": True}, {"collect_statistics": True}], ids=str
+)
+def test_compiled_step_is_one_graph(options, launcher):
+    """Guards against addresses taken while a graph is traced: a compiled step must be the operator's call, whole, also
+    where a parameter has no gradient this time and where the step is asked what it did."""
     runs = []
     for compiled in (True, False):
         params = make_params(SHAPES)
-        optimizer = MAdam(params, **BASE, max_grad_norm=1.0, backend=launcher.backend)
+        optimizer = MAdam(params, **BASE, **options, backend=launcher.backend)
         run(optimizer, last=1)
         launches = len(launcher.launches)
         set_grads(params, 1)
+        params[1].grad = None
         (torch.compile(optimizer.step, backend="aot_eager", fullgraph=True) if compiled else optimizer.step)()
         assert (len(launcher.launches) > launches) != compiled  # on CPU tensors the operator is the CPU's
         runs.append(optimizer)
     assert_same_bits(*runs)
+    if "collect_statistics" in options:
+        ours, theirs = (optimizer.statistics().overall for optimizer in runs)
+        assert ours == pytest.approx(theirs, rel=1e-6)
 
 
 def test_gradients_on_another_device(launcher):

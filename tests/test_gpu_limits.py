@@ -45,6 +45,38 @@ def test_chunk_edges(dtype, offset, simulate):
         assert (buffer.writes == 1).all(), buffer
 
 
+def test_scratch_memory_is_as_large_as_the_launch_takes_it_for(simulated, monkeypatch):
+    """Guards against kernels that write beyond what was allocated for them, which the simulator lets them: it maps what
+    a launch says that it will touch."""
+    owned, seen, simulate = {}, set(), simulated.simulate
+
+    def check(name, module, entry, chunks, threads, arguments, ranges, **options):
+        ranges = list(ranges)
+        for what, address, nbytes in ranges:
+            if address and what in ("squares", "norms", "statistics", "saturation", "sums", "norm"):
+                assert owned[address].nbytes == nbytes, what
+                seen.add(what)
+        simulate(name, module, entry, chunks, threads, arguments, ranges, **options)
+
+    monkeypatch.setattr(simulated, "simulate", check)
+    for name in ("empty", "zeros"):
+        make = getattr(torch, name)
+
+        def made(*args, make=make, **kwargs):
+            tensor = make(*args, **kwargs)
+            owned[tensor.data_ptr()] = tensor  # kept, so that no address is given twice
+            return tensor
+
+        monkeypatch.setattr(torch, name, made)
+    for dtype in (torch.float32, torch.float64):
+        params = make_params((5, 3 * CHUNK + 1, 0, 700), dtype)
+        optimizer = MAdam(params, backend=simulated.backend, **BASE, trust_ratio=True, max_grad_norm=1.0)
+        optimizer.collect_statistics = True
+        set_grads(params, 0)
+        optimizer.step()
+    assert seen == {"squares", "norms", "statistics", "saturation", "sums", "norm"}
+
+
 @pytest.mark.parametrize(("tensors", "most", "launches"), [(5, 5, 1), (6, 5, 2), (13, 5, 3), (3, 1, 3), (1, 5, 1)])
 def test_more_tensors_than_a_launch_takes(tensors, most, launches, simulated):
     """Guards the cut into launches: every tensor in one of them, with its own row, chunks and gradient."""

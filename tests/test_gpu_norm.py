@@ -3,6 +3,7 @@ gradient read once."""
 
 from __future__ import annotations
 
+import itertools
 from array import array
 
 import pytest
@@ -54,6 +55,12 @@ def test_mixed_dtypes(simulated):
     assert assert_cpus_bits(simulated, doubles).dtype == torch.float64
     if simulated.backend == "cuda":
         assert {launch.kernel.split("<")[1][:6] for launch in simulated.launches[8:]} == {"double"}
+
+
+def test_same_sizes_of_other_dtypes(simulated):
+    """Guards against a table of gradients that had these sizes and other dtypes."""
+    for dtypes in itertools.product(DTYPES, repeat=2):
+        assert_cpus_bits(simulated, [values((700,), dtype)[0] for dtype in dtypes])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -144,6 +144,37 @@ def test_reference_is_not_taken_in_silence(monkeypatch):
         assert registry.select("reference", cpu).NAME == "reference"
 
 
+def test_each_device_is_asked(monkeypatch):
+    """Guards against a GPU taken for another one of the machine, and against Triton where the CUDA kernels can run."""
+    monkeypatch.setattr(registry, "_selected", {})
+    monkeypatch.setattr(registry._MODULES["cuda"], "why_not", lambda device: "is too old" if device.index else None)
+    monkeypatch.setattr(registry._MODULES["triton"], "why_not", lambda device: None)
+    names = [registry.select("auto", torch.device("cuda", index)).NAME for index in (0, 1, 0)]
+    assert names == ["cuda", "triton", "cuda"]
+
+
+def test_kernels_are_tried_on_the_device_itself(monkeypatch):
+    """Guards against the answer of another GPU, and of all where the device has no number."""
+    monkeypatch.setattr(_ops, "load_error", lambda module: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(registry.cuda, "_why_not_device", "GPU {}".format)
+    reasons = [registry.why_not("cuda", torch.device(name)) for name in ("cuda:1", "cuda:0", "cuda")]
+    assert reasons == ["GPU 1", "GPU 0", "GPU 3"]
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_oldest_gpu_of_triton(capability, runs, monkeypatch):
+    """Guards against Triton refused on the oldest GPU that it supports, or tried on older ones."""
+    monkeypatch.setattr(registry.triton, "_import_error", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    reason = registry.why_not("triton", torch.device("cuda", 0))
+    assert (reason is None) == runs
+    assert runs or "Triton does not support a GPU; use backend='cuda'" in reason
+
+
 def test_devices_asked_about(monkeypatch):
     asked = {}
     monkeypatch.setattr(registry, "why_not", lambda name, device: asked.setdefault(name, device.type))

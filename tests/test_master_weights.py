@@ -377,6 +377,21 @@ def test_overflow_and_missing_gradients_leave_everything(dtype, backend):
         assert torch.equal(value, before[name]) == name.endswith("[0]"), name
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+def test_parameter_that_never_has_a_gradient(dtype, backend):
+    """Guards against asking for the master of a parameter that has no state, as one that is frozen or not yet used."""
+    optimizer = MAdam(make_params((600, 5), dtype, device_of(backend)), **BASE, master_weights=True, backend=backend)
+    frozen, param = params_of(optimizer)
+    before = frozen.clone(), param.clone()
+    for step in range(2):
+        set_grads([param], step)
+        optimizer.step()
+    assert list(optimizer.state) == [param]
+    assert torch.equal(frozen, before[0])
+    assert not torch.equal(param, before[1])
+
+
 def test_functional_form():
     """Guards the functional form's masters and keys: those of the optimizer with the same seed."""
     for kind in KINDS:

@@ -58,6 +58,12 @@ def test_opcheck_grad_norm(dtype):
     torch.library.opcheck(_ops.grad_norm, ([torch.randn(5, dtype=dtype), torch.randn(3, 4)],))
 
 
+@pytest.mark.parametrize("name", ["step_", "grad_norm"])
+def test_operators_know_gpus(name):
+    """Guards against a compiled step on a GPU that finds no kernel: eager ones go another way."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"maxva::{name}", "CUDA")
+
+
 def test_every_list_is_checked():
     """A list of another length is refused before anything is read beyond its end."""
     lists, options = step_arguments(amsgrad=True)

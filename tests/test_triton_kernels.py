@@ -173,6 +173,20 @@ def test_packed_groups_are_read_as_they_were_packed():
     assert launcher._PACKED_GROUP.format == PACKED_GROUP.format
 
 
+def test_captured_copies_keep_memory_of_their_own():
+    """Guards against replays that read freed memory, or what a later launch has copied over it: a graph's copies read
+    their source at each replay."""
+    launcher = SimulatedTriton()
+    launcher._pinned = torch.zeros(5, dtype=torch.int64)
+    begin = launcher._pinned.data_ptr()
+    first, second = launcher._pinned_copy(torch.tensor([1, 2])), launcher._pinned_copy(torch.tensor([3, 4, 5]))
+    assert (first.tolist(), second.tolist()) == ([1, 2], [3, 4, 5])
+    assert [copy.data_ptr() for copy in (first, second)] == [begin, begin + 16]
+    assert [copy.data_ptr() for copy in launcher._captured] == [begin, begin + 16]
+    with pytest.raises(RuntimeError, match="no pinned memory is left"):
+        launcher._pinned_copy(torch.tensor([6]))
+
+
 def test_one_compilation_whatever_the_values():
     """Guards against a kernel that is compiled again because an address or a count happens to be 1, or a multiple of
     16, or small: all of them are int64 and nothing else is known of them."""
@@ -191,6 +205,16 @@ def test_hyperparameters_beyond_float32():
     packed = PACKED_GROUP.pack(0.1, 0, 0.9, 0.5, 0.999, 0.999, 1e300, 0.0, 1, 0, 0, 0)
     _, values = _hyperparameters(packed, 1.0, False)
     assert torch.frombuffer(bytearray(values), dtype=torch.float32)[1] == torch.inf
+
+
+@pytest.mark.parametrize(("upper", "stall"), [(0.5, 2.0**-23), (0.9999, 2.0**-14), (1.0, 2.0**-14)])
+def test_distance_at_which_w_becomes_1(upper, stall):
+    """Guards against another than csrc/maxva.h's where beta2_range's upper bound is close to 1."""
+    from maxva_kernels.triton_kernels.launcher import _hyperparameters
+
+    packed = PACKED_GROUP.pack(0.1, 0, 0.9, 0.5, upper, 0.9, 1e-8, 0.0, 1, 0, 0, 0)
+    _, values = _hyperparameters(packed, 1.0, False)
+    assert torch.frombuffer(bytearray(values), dtype=torch.float32)[8] == stall
 
 
 @pytest.mark.parametrize(
