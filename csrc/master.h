@@ -20,9 +20,10 @@ MAXVA_FN float join_master(BFloat16 param, int16_t rest) {
   return master == master ? master : from_bits(bits);
 }
 
-MAXVA_FN void split_master(float master, BFloat16& param, int16_t& rest) {
+// A NaN becomes one of no rest; may_be_nan says whether to look.
+MAXVA_FN void split_master(float master, BFloat16& param, int16_t& rest, bool may_be_nan = true) {
   const uint32_t bits = to_bits(master);
-  const bool is_nan = master != master;
+  const bool is_nan = may_be_nan && master != master;
   param.bits = static_cast<uint16_t>(is_nan ? 0x7fc0u : (bits + 0x8000u) >> 16);
   rest = static_cast<int16_t>(is_nan ? 0u : bits & 0xffffu);
 }

@@ -101,7 +101,7 @@ __device__ __forceinline__ void close_params(const Several<T, kCount>& values, b
   };
   if constexpr (std::is_same_v<Param, BFloat16>) {
     if (has_master) {
-      return for_each([&](int k) { split_master(values[k], params[k], rests[k]); });
+      return for_each([&](int k) { split_master(values[k], params[k], rests[k], may_be_nan); });
     }
     if (rounds) {
       return keep(values, may_be_nan, [&](int k) { return random(k).param; }, params);
