@@ -3,10 +3,11 @@ they share a multiprocessor.
 
     python bench/gpu_model.py
 
-needs nvcc and cuobjdump, takes a minute and prints a table. For each pair of dtypes, where w is 1 and where it is not:
-the bytes that an element moves; instructions on the way through whole packets, in the modes of the defaults, and how
-many of them are for the integer and comparison units; for how many a GPU has time while it copies as many bytes; and
-what share of the copy's rate the model gives. It is a prediction and no measurement.
+needs nvcc, cuobjdump and Triton, takes a minute and prints a table of the CUDA kernels and one of the Triton kernels.
+For each pair of dtypes, where w is 1 and where it is not: the bytes that an element moves; instructions on the way
+through whole packets, in the modes of the defaults, and how many of them are for the integer and comparison units; for
+how many a GPU has time while it copies as many bytes; and what share of the copy's rate the model gives. It is a
+prediction and no measurement.
 
 The model is one of the four sub-partitions of a multiprocessor of compute capability 9.0. Its warps go through turns of
 the loop. In each cycle one warp issues an instruction: the same as before, or else the one that has been in its turn
@@ -27,6 +28,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +61,7 @@ MACHINES = (Machine("H100", 3.0e12), Machine("H200", 4.25e12))
 class Line(NamedTuple):
     """A kernel and where it is looked at: types of parameter, gradient and state, and whether w is 1."""
 
-    source: str
+    source: str  # a file of csrc/cuda, or TRITON
     param: str
     grad: str
     state: str
@@ -74,9 +76,10 @@ class Line(NamedTuple):
     @property
     def elements(self) -> int:
         """Of a thread's turn."""
-        return 4 if {self.param, self.grad, self.state} == {"float"} else 8
+        return 4 if self.source == TRITON or {self.param, self.grad, self.state} == {"float"} else 8
 
 
+TRITON = "Triton"
 LINES = [
     Line(*kernel, saturated)
     for kernel in (
@@ -88,6 +91,7 @@ LINES = [
     )
     for saturated in (False, True)
 ]
+TRITON_LINES = [line._replace(source=TRITON) for line in LINES]
 
 INTEGER = r"F(SETP|SEL|MNMX)|IADD3|LOP3|SHF|LEA|PRMT|ISETP|SEL|VIADD|V?IMNMX|PLOP3|MOV|F2FP|VOTE|P2R|R2P"
 UNITS = (  # by the first pattern that an opcode matches: the unit, and for how many cycles
@@ -159,16 +163,26 @@ def cycles_of_a_turn(turn: Sequence[Issue], warps: int, bytes_per_cycle: float, 
     return (ends[behind] - ends[first]) / (behind - first)
 
 
-def issues(turn: Sequence[Any], packets: int) -> list[Issue]:
-    """A turn's instructions (tests/sass.py), of which so many accesses to memory are made: all without a predicate, and
-    of those that depend on the modes the first loads and stores."""
+def issues(turn: Sequence[Any], moved: int) -> list[Issue]:
+    """A turn's instructions (tests/sass.py), of which so many accesses to memory are made that a thread moves so many
+    bytes: all without a predicate, and of those that depend on the modes the first loads and stores."""
     accesses = [k for k, each in enumerate(turn) if each.opcode.startswith(("LDG", "STG"))]
     made = {k for k in accesses if not turn[k].text.startswith("@")}
-    some, odd = divmod(packets - len(made), 2)
-    for kind, count in (("LDG", some + odd), ("STG", some)):
-        made |= set([k for k in accesses if k not in made and turn[k].opcode.startswith(kind)][:count])
-    assert len(made) == packets, f"{len(made)} accesses, not {packets}"
+    left = moved - sum(_width(turn[k]) for k in made)
+    others = [k for k in accesses if k not in made]
+    loads, stores = ([k for k in others if turn[k].opcode.startswith(kind)] for kind in ("LDG", "STG"))
+    for k in chain.from_iterable(zip_longest(loads, stores)):
+        if k is not None and left > 0:
+            made.add(k)
+            left -= _width(turn[k])
+    assert left == 0, f"the accesses do not add up to {moved} bytes"
     return [_issue(each, k in made) for k, each in enumerate(turn)]
+
+
+def _width(access: Any) -> int:
+    """Bytes of a thread's access."""
+    bits = re.search(r"\.(64|128)", access.opcode)
+    return int(bits[1]) // 8 if bits else 4
 
 
 def _issue(each: Any, moves: bool) -> Issue:
@@ -182,7 +196,7 @@ def _issue(each: Any, moves: bool) -> Issue:
         opens_done=done if done != 7 else None,  # 7: none
         opens_read=read if read != 7 else None,
         waits=tuple(barrier for barrier in range(6) if waits >> barrier & 1),
-        moved=16 * WARP if moves else 0,
+        moved=_width(each) * WARP if moves else 0,
     )
 
 
@@ -194,9 +208,9 @@ def kernel_of(line: Line, kernels: Sequence[Any]) -> Any:
 
 
 def warps_of(line: Line, code: Any) -> int:
-    """How many warps a scheduler holds: of blocks whose turn is 1,024 elements (csrc/cuda/step.cuh, Note [Blocks]) as
-    many as there are registers for, which a thread gets in eights."""
-    threads = 1024 // line.elements
+    """How many warps a scheduler holds: of blocks whose turn is 1,024 elements (csrc/cuda/step.cuh, Note [Blocks]; in
+    Triton 512) as many as there are registers for, which a thread gets in eights."""
+    threads = (512 if line.source == TRITON else 1024) // line.elements
     blocks = REGISTERS // (-(-code.registers // 8) * 8 * threads)
     return blocks * threads // WARP // 4
 
@@ -206,12 +220,16 @@ def turn_of(line: Line, code: Any) -> list[Any]:
     parameters are rounded stochastically, which multiplies a random number once more."""
     approximations = (3 if line.saturated else 5) * line.elements
     rounded = line.elements if line.param == "BFloat16" else 0
-    turn: list[Any] = code.turns("MUFU", FACTOR)[approximations, rounded]
+    if line.source == TRITON:  # which branches around the store of w, where the other has a predicate
+        turns = code.triton_turns("MUFU", FACTOR, "LDG|STG")
+        turn: list[Any] = turns[approximations, rounded, 10 if line.saturated else 11]
+    else:
+        turn = code.turns("MUFU", FACTOR)[approximations, rounded]
     return turn
 
 
 def compiled() -> dict[str, list[Any]]:
-    """The kernels of each source."""
+    """The CUDA kernels of each source."""
     from sass import compile_kernels
 
     sources = list(dict.fromkeys(line.source for line in LINES))
@@ -220,9 +238,19 @@ def compiled() -> dict[str, list[Any]]:
         return dict(zip(sources, kernels, strict=True))
 
 
-def row(line: Line, kernels: Sequence[Any]) -> list[str]:
-    """A line of the table."""
-    code = kernel_of(line, kernels)
+def compiled_by_triton(line: Line) -> Any:
+    """The machine code of MAdam's step without statistics, AMSGrad and masters."""
+    from maxva_kernels.triton_kernels.launcher import step_constants
+    from maxva_kernels.triton_kernels.step import step_kernel
+    from simulated_triton import constants_of, machine_code
+
+    name = {"float": "float32", "BFloat16": "bfloat16"}
+    constants = constants_of(step_constants, name[line.param], name[line.grad], name[line.state])
+    return machine_code(step_kernel, constants, int(ARCH.removeprefix("sm_")))
+
+
+def row(line: Line, code: Any) -> list[str]:
+    """A line of the table, about a kernel's machine code."""
     turn, warps = turn_of(line, code), warps_of(line, code)
     moved = line.bytes * line.elements * WARP  # by a warp in a turn
     integer = sum(bool(re.match(INTEGER, each.opcode)) for each in turn)
@@ -230,7 +258,7 @@ def row(line: Line, kernels: Sequence[Any]) -> list[str]:
     cells += [f"{len(turn) / line.elements:.0f}", f"{integer / line.elements:.0f}"]
     for machine in MACHINES:
         floor = moved / machine.bytes_per_cycle
-        cycles = cycles_of_a_turn(issues(turn, moved // (16 * WARP)), warps, machine.bytes_per_cycle)
+        cycles = cycles_of_a_turn(issues(turn, moved // WARP), warps, machine.bytes_per_cycle)
         cells += [f"{floor / line.elements:.0f}", f"{min(1, floor / cycles):.2f}"]
     return cells
 
@@ -241,14 +269,18 @@ def main() -> None:
 
     if cuobjdump() is None or shutil.which("nvcc") is None:
         raise SystemExit("nvcc and cuobjdump are needed, from the CUDA toolkit (the latter comes with Triton too)")
-    header = ["parameter, gradient, state", "bytes", "instructions", "integer"]
+    kernels = compiled()
+    print_table("CUDA", [row(line, kernel_of(line, kernels[line.source])) for line in LINES])
+    print_table("Triton", [row(line, compiled_by_triton(line)) for line in TRITON_LINES])
+
+
+def print_table(backend: str, rows: Sequence[Sequence[str]]) -> None:
+    header = [f"{backend}: parameter, gradient, state", "bytes", "instructions", "integer"]
     for machine in MACHINES:
         header += [f"time for, {machine.name}", "of copy"]
-    print("|", " | ".join(header), "|")
-    print("|", " | ".join(["---", *["---:"] * (len(header) - 1)]), "|")
-    kernels = compiled()
-    for line in LINES:
-        print("|", " | ".join(row(line, kernels[line.source])), "|", flush=True)
+    for cells in (header, ["---", *["---:"] * (len(header) - 1)], *rows):
+        print("|", " | ".join(cells), "|")
+    print(flush=True)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,8 @@ def _launch(
                 DTYPE_CODES[grad_dtype],
                 DTYPE_CODES[state_dtype],
                 laprop,
+                segment.amsgrad,
+                segment.masters,
                 segment.rows,
                 segment.chunk_rows,
                 segment.chunks,

@@ -27,6 +27,8 @@ class StepLaunch(NamedTuple):
     grad_dtype: int
     state_dtype: int
     laprop: bool
+    amsgrad: bool  # whether any row has AMSGrad's maximum
+    masters: bool  # whether any has a master
     rows: int  # address of the table
     chunk_rows: int  # address
     chunks: int

@@ -53,6 +53,8 @@ class Segment:
         self.rows = self._memory.data_ptr()  # addresses
         self.ticket = self.rows + 8 * len(rows) * len(rows[0])
         self.chunk_rows = self.ticket + 8
+        # Of a step, whether any row has them.
+        self.amsgrad = self.masters = False
         self._index: Tensor | None = None
 
     def is_part(self) -> None:
@@ -159,6 +161,9 @@ def make_step_table(groups: Sequence[Group], chunk: int, max_tensors: int, max_g
                 rows[i][STEP_COLUMNS.index("first_chunk")] = first
                 first += count
             segment = Segment(taken, [rows[i] for i in taken], counts, params[0].device)
+            segment.amsgrad, segment.masters = (
+                any(rows[i][STEP_COLUMNS.index(column)] for i in taken) for column in ("max_denom", "master")
+            )
             table.segments.append((*pair, segment, range(first_group, group_of[taken[-1]] + 1)))
     if len(table.segments) > 1:
         for *_, segment, _ in table.segments:

@@ -8,6 +8,7 @@ import itertools
 import re
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,62 +65,43 @@ class Code:
         arithmetic = (r"D(ADD|MUL|FMA|SETP|MNMX)", r"MUFU.*64H")
         return self.count(*arithmetic, r"F2F\.F(32\.F64|64\.F32)", r"I2F\.F64", r"F2I.*F64")
 
-    def turns(
-        self, *features: str, longest: bool = False, zeros: bool = False
-    ) -> dict[tuple[int, ...], list[Instruction]]:
-        """The shortest (or longest) turns of the step's loop, over all ways through it that touch whole packets only
-        and nothing that is for the rare operands of divisions and roots, unless `zeros` lets zeros be among them, or
-        for state that is a NaN: one for each count of instructions in whose text the features, regular expressions, are
-        found.
-
-        Rare operands are known by what the compiler puts beside its own divisions and roots: a check, or a call; zeros
-        by a branch on a comparison with 0; and state that may be a NaN by the comparisons with itself, of at least two
-        numbers in four lanes.
-        """
-        code, opcodes = self.instructions, self.opcodes
+    @functools.cached_property
+    def block_ends(self) -> dict[int, int]:
+        """Where the blocks end, instructions that follow one another without a branch, by where they begin."""
+        code = self.instructions
         ends = {i + 1 for i, each in enumerate(code) if each.target is not None or each.opcode == "EXIT"}
         bounds = sorted(ends | {each.target for each in code if each.target is not None} | {0, len(code)})
-        block_end = dict(itertools.pairwise(bounds))
-        wide = [i for i, opcode in enumerate(opcodes) if re.match(r"(LDG|STG).*\.128", opcode)]
-        back = next(
-            i for i, each in enumerate(code) if each.target is not None and i > wide[-1] and each.target <= wide[0]
-        )  # the branch at the loop's end
+        return dict(itertools.pairwise(bounds))
 
-        def ops(begin: int) -> list[str]:
-            return opcodes[begin : block_end.get(begin, begin)]
+    def block(self, begin: int) -> list[Instruction]:
+        return self.instructions[begin : self.block_ends.get(begin, begin)]
 
-        def after(begin: int) -> list[int]:
-            last = block_end[begin] - 1
-            to = code[last].target
-            return [last + 1, *([] if to is None else [to])] if to is None or code[last].conditional else [to]
+    def after(self, begin: int) -> list[int]:
+        """Where the blocks begin that may come after one."""
+        last = self.block_ends[begin] - 1
+        to = self.instructions[last].target
+        if to is None:
+            return [last + 1]
+        return [last + 1, to] if self.instructions[last].conditional else [to]
 
-        def asks_for_zero(begin: int) -> bool:
-            *before, last = code[begin : block_end[begin]]
-            predicate = re.search(r"P\d", last.text) if last.target is not None and last.conditional else None
-            sets = [each.text for each in before if predicate and re.search(rf"[A-Z]\S* {predicate[0]},", each.text)]
-            return bool(sets) and re.search(r"FSETP\.(NEU|EQ)\S* P\d, PT, \S+, RZ,", sets[-1]) is not None
-
-        def is_left_out(begin: int) -> bool:
-            its = ops(begin)
-            narrow = any(re.match(r"(LDG|STG)(?!.*\.128)", op) for op in its)
-            of_root = sum(op.startswith("MUFU.RSQ") for op in its) == 1
-            called = of_root and any(op.startswith("CALL") for following in after(begin) for op in ops(following))
-            asks_for_nan = sum(op.startswith("FSETP.NAN") for op in its) >= 8
-            asks = asks_for_nan or (not zeros and asks_for_zero(begin))
-            return narrow or called or asks or any(op.startswith(("FCHK", "CALL", "EXIT")) for op in its)
-
+    def ways(
+        self, back: int, is_left_out: Callable[[int], bool], features: Sequence[str], longest: bool = False
+    ) -> dict[tuple[int, ...], list[Instruction]]:
+        """The shortest (or longest) ways through a loop, from where its last branch, at index ``back``, leads to, and
+        not through blocks that are left out: one for each count of instructions in whose text the features, regular
+        expressions, are found."""
         known: dict[int, dict[tuple[int, ...], list[Instruction]]] = {}
 
         def rest(begin: int) -> dict[tuple[int, ...], list[Instruction]]:
             if begin not in known:
                 known[begin] = {}  # while it is looked for: who comes here again has gone in a circle
-                its = code[begin : block_end[begin]]
+                its = self.block(begin)
                 found = tuple(sum(bool(re.search(feature, each.text)) for each in its) for feature in features)
                 best = {}
-                if block_end[begin] - 1 == back:  # where before compute capability 9.0 the loop is left by a call
+                if self.block_ends[begin] - 1 == back:  # where before compute capability 9.0 the loop is left by a call
                     best[found] = its
                 elif not is_left_out(begin):
-                    for way in map(rest, after(begin)):
+                    for way in map(rest, self.after(begin)):
                         for others, following in way.items():
                             counts = tuple(map(sum, zip(found, others, strict=True)))
                             turn = its + following
@@ -128,9 +110,62 @@ class Code:
                 known[begin] = best
             return known[begin]
 
-        start = code[back].target
+        start = self.instructions[back].target
         assert start is not None
         return rest(start)
+
+    def turns(
+        self, *features: str, longest: bool = False, zeros: bool = False
+    ) -> dict[tuple[int, ...], list[Instruction]]:
+        """The shortest (or longest) turns of the CUDA step's loop (see `ways`), over all ways through it that touch
+        whole packets only and nothing that is for the rare operands of divisions and roots, unless `zeros` lets zeros
+        be among them, or for state that is a NaN.
+
+        Rare operands are known by what the compiler puts beside its own divisions and roots: a check, or a call; zeros
+        by a branch on a comparison with 0; and state that may be a NaN by the comparisons with itself, of at least two
+        numbers in four lanes.
+        """
+        code = self.instructions
+        wide = [i for i, opcode in enumerate(self.opcodes) if re.match(r"(LDG|STG).*\.128", opcode)]
+        back = next(
+            i for i, each in enumerate(code) if each.target is not None and i > wide[-1] and each.target <= wide[0]
+        )  # the branch at the loop's end
+
+        def asks_for_zero(begin: int) -> bool:
+            *before, last = self.block(begin)
+            predicate = re.search(r"P\d", last.text) if last.target is not None and last.conditional else None
+            sets = [each.text for each in before if predicate and re.search(rf"[A-Z]\S* {predicate[0]},", each.text)]
+            return bool(sets) and re.search(r"FSETP\.(NEU|EQ)\S* P\d, PT, \S+, RZ,", sets[-1]) is not None
+
+        def is_left_out(begin: int) -> bool:
+            its = [each.opcode for each in self.block(begin)]
+            narrow = any(re.match(r"(LDG|STG)(?!.*\.128)", op) for op in its)
+            of_root = sum(op.startswith("MUFU.RSQ") for op in its) == 1
+            following = [each.opcode for next_one in self.after(begin) for each in self.block(next_one)]
+            called = of_root and any(op.startswith("CALL") for op in following)
+            asks_for_nan = sum(op.startswith("FSETP.NAN") for op in its) >= 8
+            asks = asks_for_nan or (not zeros and asks_for_zero(begin))
+            return narrow or called or asks or any(op.startswith(("FCHK", "CALL", "EXIT")) for op in its)
+
+        return self.ways(back, is_left_out, features, longest)
+
+    def triton_turns(self, *features: str) -> dict[tuple[int, ...], list[Instruction]]:
+        """The shortest turns of the Triton step's loop (see `ways`) over blocks that are whole, without calls for the
+        rare operands of divisions and roots."""
+        code, opcodes = self.instructions, self.opcodes
+        narrow = r"(LDG|STG)(?!.*\.(64|128))"
+
+        def steps(i: int) -> bool:
+            inside = opcodes[code[i].target or 0 : i]
+            return any(op.startswith("MUFU") for op in inside) and any(op.startswith("STG") for op in inside)
+
+        loops = [i for i, each in enumerate(code) if each.target is not None and each.target <= i and steps(i)]
+        back = min(loops, key=lambda i: i - (code[i].target or 0))  # the innermost: around it is the chunks'
+
+        def is_left_out(begin: int) -> bool:
+            return any(re.match(rf"CALL|EXIT|{narrow}", each.opcode) for each in self.block(begin))
+
+        return self.ways(back, is_left_out, features)
 
     def turn(self) -> tuple[int, int]:
         """The fewest and the most instructions of a turn, see `turns`."""

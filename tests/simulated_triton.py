@@ -6,13 +6,20 @@ In place of the launch by Triton's runtime, `SimulatedTriton` compiles the kerne
 from __future__ import annotations
 
 import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ptxsim import Module
+from sass import Code, read
 from simulated import Range, Simulation, install_launcher, norm_ranges, step_ranges, total_ranges
 
 from maxva_kernels.backends import triton as backend
+from maxva_kernels.launch import DTYPE_CODES
 
 try:
     import triton
@@ -37,6 +44,23 @@ def compiled(kernel: Any, constants: tuple[tuple[str, Any], ...], capability: in
     signature = {name: "constexpr" if (i,) in given else "i64" for i, name in enumerate(names)}
     source = ASTSource(fn=kernel, signature=signature, constexprs=given)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options(dict(constants)))
+
+
+def constants_of(of_launch: Callable[[Any], dict[str, Any]], param: str, grad: str, state: str, **others: bool) -> Any:
+    """Those that the launcher's function gives for dtypes, by their names, and what else a launch says."""
+    said: dict[str, Any] = {"laprop": False, "amsgrad": False, "masters": False, "statistics": 0} | others
+    for name, dtype in (("param", param), ("grad", grad), ("state", state)):
+        said[f"{name}_dtype"] = DTYPE_CODES[getattr(torch, dtype)]
+    return tuple(sorted(of_launch(SimpleNamespace(**said)).items()))
+
+
+def machine_code(kernel: Any, constants: tuple[tuple[str, Any], ...], capability: int) -> Code:
+    """A compiled kernel's."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled(kernel, constants, capability).asm["cubin"])
+        (code,) = read(cubin)
+    return code
 
 
 @functools.cache

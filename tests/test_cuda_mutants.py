@@ -216,6 +216,7 @@ class Scenario:
         scalars = (self.scaling.grad_scale, self.scaling.found_inf, self.scaling.grad_norm)
         self.launch = StepLaunch(
             *(0, 0, *(DTYPE_CODES[d] for d in (self.param_dtype, self.grad_dtype, state_dtype)), self.laprop),
+            *(segment.amsgrad, segment.masters),
             *(segment.rows, segment.chunk_rows, segment.chunks, segment.ticket, packed, grads.tobytes()),
             *(0 if scalar is None else scalar.data_ptr() for scalar in scalars),
             *(0 if ratios is None else ratios.data_ptr(), 0),  # no statistics

@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from maxva_kernels import MAdam, _ops, functional, gpu, gpu_ops
 from maxva_kernels.backends.registry import select
 from maxva_kernels.groups import MOMENTS, Group, Hyperparameters, Scaling, TensorLists
-from maxva_kernels.launch import PACKED_GROUP
+from maxva_kernels.launch import DTYPE_CODES, PACKED_GROUP
 
 SHAPES = ((3, 5), 70, (2, 2, 2, 2))
 
@@ -336,6 +336,32 @@ def test_launches(launcher):
         "norm_total_kernel",
         "step_kernel",
     ]
+
+
+def test_launches_tell_of_maxima_and_masters(launcher, monkeypatch):
+    """Guards against kernels that have registers for what no tensor of theirs has, or none for what one has."""
+    told = {}
+    step = type(launcher).step
+
+    def watch(self, launch):
+        told[launch.param_dtype, launch.state_dtype] = launch.amsgrad, launch.masters
+        step(self, launch)
+
+    monkeypatch.setattr(type(launcher), "step", watch)
+    float32, bfloat16, float16 = (
+        make_params((3, 40), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
+    groups = [
+        *({"params": float32[:1]}, {"params": float32[1:], "amsgrad": True}),
+        *({"params": bfloat16[:1]}, {"params": bfloat16[1:], "master_weights": True}),
+        {"params": float16, "master_weights": True},  # whole ones, which are the parameters here
+    ]
+    run(MAdam(groups, **BASE, backend=launcher.backend), last=1)
+    codes = {dtype: DTYPE_CODES[dtype] for dtype in (torch.float32, torch.bfloat16)}
+    assert told == {
+        (codes[torch.float32], codes[torch.float32]): (True, False),
+        (codes[torch.bfloat16], codes[torch.float32]): (False, True),
+    }
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])

@@ -202,7 +202,7 @@ def test_indices_beyond_32_bits(param_dtype, grad_dtype, state, offset, grad_off
     chunk_rows, ticket = torch.zeros(chunks, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     packed, _ = pack([Hyperparameters(**BASE)], wide, torch.device("cpu"))
     launch = StepLaunch(
-        0, 0, *(DTYPE_CODES[dtype] for dtype in (param_dtype, grad_dtype, state)), False,
+        0, 0, *(DTYPE_CODES[dtype] for dtype in (param_dtype, grad_dtype, state)), False, False, False,
         row.data_ptr(), chunk_rows.data_ptr(), chunks, ticket.data_ptr(),
         packed, array("Q", [first["grad"] % 2**64]).tobytes(), *[0] * 8, -1.0,
     )  # fmt: skip

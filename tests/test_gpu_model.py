@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from sass import compile_kernels, needs_cuobjdump
 from simulated_cuda import needs_nvcc
+from simulated_triton import needs_triton
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
@@ -45,7 +46,7 @@ def test_our_kernels(tmp_path):
     kernels = compile_kernels("step_float", gpu_model.ARCH, tmp_path)
     lines = [line for line in gpu_model.LINES if line.source == "step_float" and line.grad == "float"]
     assert [line.bytes for line in lines] == [44, 36]
-    rows = [gpu_model.row(line, kernels) for line in lines]
+    rows = [gpu_model.row(line, gpu_model.kernel_of(line, kernels)) for line in lines]
     instructions = [int(row[2]) for row in rows]
     assert 100 < instructions[0] < 125
     assert instructions[1] < instructions[0] - 20
@@ -56,3 +57,16 @@ def test_our_kernels(tmp_path):
     assert gpu_model.warps_of(lines[0], code) == 6  # three blocks of 256 threads
     turn = gpu_model.turn_of(lines[0], code)
     assert not [each.opcode for each in turn if re.match(r"(LDG|STG)(?!.*128)", each.opcode)]
+
+
+@needs_triton
+@needs_cuobjdump
+@pytest.mark.parametrize("line", [line for line in gpu_model.TRITON_LINES if line.state == "float"], ids=str)
+def test_triton_kernels(line):
+    """Guards against loads one behind the other: while w was loaded in a branch, after what other loads had brought was
+    used, the model gave 0.65 to 0.81 where it is not 1."""
+    code = gpu_model.compiled_by_triton(line)
+    assert gpu_model.warps_of(line, code) == 4
+    row = gpu_model.row(line, code)
+    assert int(row[2]) < (105 if line.saturated else 135)
+    assert row[5] == row[7] == "1.00"

@@ -93,7 +93,7 @@ def test_compiled_module_takes_what_the_host_composes():
     """Guards the formats by which csrc/cuda/module.cpp reads a launch: without a GPU it comes as far as asking for one,
     and says so as an error that can be caught."""
     module = _ops.module("_C_cuda")
-    step = StepLaunch(0, 0, 0, 0, 0, False, 1, 1, 1, 1, bytes(PACKED_GROUP.size), bytes(8), *[0] * 8, -1.0)
+    step = StepLaunch(*[0] * 5, *[False] * 3, *[1] * 4, bytes(PACKED_GROUP.size), bytes(8), *[0] * 8, -1.0)
     norm_chunks = NormLaunch(0, 0, 0, False, 1, 1, 1, bytes(8), 1)
     norm_total = TotalLaunch(0, 0, False, 1, 1, 1)
     for function, launch in (

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from cases import ALGORITHMS, BASE, make_params, needs_cpu_kernels, run
-from sass import Code, needs_cuobjdump, read
-from simulated_triton import SimulatedTriton, compiled, install_triton, needs_triton
+from sass import needs_cuobjdump
+from simulated_triton import SimulatedTriton, constants_of, install_triton, machine_code, needs_triton
 
 from maxva_kernels import MAdam
 from maxva_kernels.launch import PACKED_GROUP
@@ -82,40 +82,24 @@ def test_interpreter(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def _step_constants(
-    param: str, grad: str, state: str, laprop: bool, **others: object
-) -> tuple[tuple[str, object], ...]:
-    import triton.language as tl
-
-    double = param == "float64"
-    constants: dict[str, object] = {"LAPROP": laprop, "T": tl.float64 if double else tl.float32}
-    constants |= {"PARAM": getattr(tl, param), "GRAD": getattr(tl, grad), "STATE": getattr(tl, state)}
-    constants |= {"CHUNK": SimulatedTriton.STEP_CHUNK} | others
-    return tuple(sorted(constants.items()))
-
-
-def _machine_code(kernel, constants, capability: int, folder: Path) -> Code:
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled(kernel, constants, capability).asm["cubin"])
-    (code,) = read(cubin)
-    return code
-
-
 @needs_cuobjdump
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("param", "grad", "state"), KINDS)
-def test_machine_code_of_the_step(param, grad, state, capability, tmp_path):
+def test_machine_code_of_the_step(param, grad, state, capability):
     """Guards the speed: accesses of 16 bytes for all float32 and float64 operands (8 for those of 16 bits: a thread has
     four elements), no local memory, registers for four programs on a multiprocessor, no float64 but where asked for."""
+    from maxva_kernels.triton_kernels.launcher import step_constants
     from maxva_kernels.triton_kernels.step import step_kernel
 
-    for laprop, statistics in itertools.product((False, True), repeat=2):
-        block = {"BLOCK": 256 if param == "float64" else 512, "STATISTICS": statistics}
-        code = _machine_code(step_kernel, _step_constants(param, grad, state, laprop, **block), capability, tmp_path)
-        assert not code.uses_local_memory, code.stack
+    features = ("laprop", "statistics", "amsgrad") + ("masters",) * (param == "bfloat16")
+    for values in itertools.product((False, True), repeat=len(features)):
+        launch = dict(zip(features, values, strict=True))
+        constants = constants_of(step_constants, param, grad, state, **launch)
+        code = machine_code(step_kernel, constants, capability)
+        assert not code.uses_local_memory, (launch, code.stack)
         assert code.registers <= 128
         wide = [dtype for dtype in (param, grad) if dtype in ("float32", "float64")]
-        moments = 0 if state == "bfloat16" else 5  # with AMSGrad
+        moments = 0 if state == "bfloat16" else 4 + launch["amsgrad"]
         assert code.count(r"LDG\.E.*\.128") >= moments + len(wide)
         assert code.count(r"STG\.E.*\.128") >= moments + (param in wide)
         assert (code.double > 0) == (param == "float64")
@@ -124,26 +108,30 @@ def test_machine_code_of_the_step(param, grad, state, capability, tmp_path):
 @needs_cuobjdump
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize(("param", "grad", "state"), KINDS)
-def test_machine_code_of_the_updates_norm(param, grad, state, capability, tmp_path):
-    """Guards against spilled registers, and against float64 where it was not asked for."""
+def test_machine_code_of_the_updates_norm(param, grad, state, capability):
+    """Guards against spilled registers, against more than let a multiprocessor hold two programs (a count of elements
+    in 64 bits took 80 of them), and against float64 where it was not asked for."""
+    from maxva_kernels.triton_kernels.launcher import update_constants
     from maxva_kernels.triton_kernels.update_norm import update_chunks_kernel
 
     for laprop in (False, True):
-        code = _machine_code(update_chunks_kernel, _step_constants(param, grad, state, laprop), capability, tmp_path)
+        constants = constants_of(update_constants, param, grad, state, laprop=laprop)
+        code = machine_code(update_chunks_kernel, constants, capability)
         assert not code.uses_local_memory, code.stack
+        assert code.registers <= (255 if param == "float64" else 128)
         assert (code.double > 0) == (param == "float64")
 
 
 @needs_cuobjdump
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("grad", DTYPES)
-def test_machine_code_of_the_norm(grad, capability, tmp_path):
+def test_machine_code_of_the_norm(grad, capability):
     """Guards the norm's loads, of 16 bytes each, all of a chunk's in one go."""
     import triton.language as tl
     from maxva_kernels.triton_kernels.grad_norm import norm_chunks_kernel
 
     constants = {"T": tl.float32, "GRAD": getattr(tl, grad), "CHUNK": SimulatedTriton.NORM_CHUNK}
-    code = _machine_code(norm_chunks_kernel, tuple(sorted(constants.items())), capability, tmp_path)
+    code = machine_code(norm_chunks_kernel, tuple(sorted(constants.items())), capability)
     assert not code.uses_local_memory
     bytes_of_a_thread = SimulatedTriton.NORM_CHUNK // 128 * getattr(torch, grad).itemsize
     assert code.count(r"LDG\.E.*\.128") >= bytes_of_a_thread // 16

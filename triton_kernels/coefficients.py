@@ -49,8 +49,8 @@ def read_coefficients(
     rounding parameters."""
     numbers: tl.constexpr = tl.pointer_type(T)
     modes = integers.to(tl.int64).to(tl.pointer_type(tl.int64)) + group * GROUP_INTEGERS
-    decay_mode = tl.load(modes + 2)
-    adam_eps = tl.load(modes + 3)
+    decay_mode = tl.load(modes + 2).to(tl.int32)
+    adam_eps = tl.load(modes + 3).to(tl.int32)
     hyper = values.to(tl.int64).to(numbers) + group * GROUP_VALUES
     if AT_RATE_1:
         lr = tl.full((), 1.0, T)

@@ -45,7 +45,7 @@ def norm_chunks_kernel(
         tensor = tl.load(chunk_rows + chunk)
         row = rows + tensor * COLUMNS
         index = chunk - tl.load(row + 1)
-        count = tl.minimum(tl.load(row) - index * CHUNK, CHUNK)
+        count = tl.minimum(tl.load(row) - index * CHUNK, CHUNK).to(tl.int32)
         address = tl.load(grads + tensor) + index * (CHUNK * GRAD.primitive_bitwidth // 8)
 
         # 1. The lanes, each in the order of its elements.

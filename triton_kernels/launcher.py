@@ -66,17 +66,13 @@ class TritonLauncher:
                 *(launch.grad_scale, launch.found_inf, launch.grad_norm, max_norm),
                 *(launch.trust_ratios, launch.statistics, launch.saturation),
             ),
-            {
-                **self._constants(launch),
-                "BLOCK": 256 if launch.param_dtype == 1 else 512,
-                "STATISTICS": launch.statistics != 0,
-            },
+            step_constants(launch),
         )
 
     def update_norms(self, launch: Any, /) -> None:
         """Launches the norms of parameters and updates (`StepLaunch`) on the device's current stream."""
         _sent, grads, integers, values, max_norm = self._send_step(launch)
-        constants = self._constants(launch)
+        constants = update_constants(launch)
         self.run(
             update_chunks_kernel,
             launch.chunks,
@@ -92,16 +88,6 @@ class TritonLauncher:
         self.run(
             update_total_kernel, tensors, launch.device, arguments, {name: constants[name] for name in ("T", "CHUNK")}
         )
-
-    def _constants(self, launch: Any) -> dict[str, Any]:
-        return {
-            "LAPROP": bool(launch.laprop),
-            "T": _TYPES[int(launch.param_dtype == 1)],
-            "PARAM": _TYPES[launch.param_dtype],
-            "GRAD": _TYPES[launch.grad_dtype],
-            "STATE": _TYPES[launch.state_dtype],
-            "CHUNK": self.STEP_CHUNK,
-        }
 
     def _send_step(self, launch: Any) -> tuple[torch.Tensor, int, int, int, int]:
         """What travels with a step's launch: its memory, and the addresses in it of the gradients' addresses, the
@@ -158,6 +144,30 @@ class TritonLauncher:
         pinned, self._pinned = self._pinned[: host.numel()], self._pinned[host.numel() :]
         self._captured.append(pinned.copy_(host))
         return pinned
+
+
+def update_constants(launch: Any) -> dict[str, Any]:
+    """What `update_chunks_kernel` is compiled for."""
+    return {
+        "LAPROP": bool(launch.laprop),
+        "T": _TYPES[int(launch.param_dtype == 1)],
+        "PARAM": _TYPES[launch.param_dtype],
+        "GRAD": _TYPES[launch.grad_dtype],
+        "STATE": _TYPES[launch.state_dtype],
+        "CHUNK": TritonLauncher.STEP_CHUNK,
+    }
+
+
+def step_constants(launch: Any) -> dict[str, Any]:
+    """What `step_kernel` is compiled for. Maxima and masters take registers, for want of which a thread would wait
+    longer for memory: who has none does not pay for them."""
+    return {
+        **update_constants(launch),
+        "AMSGRAD": launch.amsgrad,
+        "MASTERS": launch.masters,
+        "BLOCK": 256 if launch.param_dtype == 1 else 512,
+        "STATISTICS": launch.statistics != 0,
+    }
 
 
 def options(constants: dict[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def update(
     coefficients,  # what a tensor's coordinates share, of their type
     modes,  # decay mode, whether eps stands as in Adam, whether AMSGrad is on
     LAPROP: tl.constexpr,
+    AMSGRAD: tl.constexpr,  # whether it may be on
     SATURATED: tl.constexpr,  # whether w is known to be 1
 ):  # fmt: skip
     """One step. Returns the new m, u, s, w, x; what is to be subtracted from p; and of that the part that is not weight
@@ -124,8 +125,9 @@ def update(
     u, s, w, b = update_moments(g, u, s, w, one_minus_upper, one_minus_lower, first_weight, saturation, SATURATED)
 
     root_v = square_root(s + u * u)
-    x = tl.where(root_v <= x, x, root_v)  # a NaN is kept
-    root_v = tl.where(amsgrad, x, root_v)
+    if AMSGRAD:
+        x = tl.where(root_v <= x, x, root_v)  # a NaN is kept
+        root_v = tl.where(amsgrad, x, root_v)
     if SATURATED:
         root_w: tl.constexpr = 1.0
     else:

@@ -28,7 +28,19 @@ def _load(address, at, begin, end, STORED: tl.constexpr, T: tl.constexpr, WHOLE:
     if WHOLE:
         return tl.load(pointer + at).to(T)
     else:
-        return tl.load(pointer + at, mask=(at >= begin) & (at < end), other=0.0).to(T)
+        return tl.load(pointer + at, mask=(at >= begin) & (at < end), other=0).to(T)
+
+
+@triton.jit
+def _load_if(
+    wanted, otherwise: tl.constexpr,
+    address, at, begin, end, STORED: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """`_load`, or a constant. By a mask: a branch would stand between the other loads, or behind the first use of what
+    they have loaded, so that a second wait for memory followed the first."""
+    pointer = _pointer(address, STORED, WHOLE)
+    there = (at >= 0) if WHOLE else (at >= begin) & (at < end)
+    return tl.load(pointer + at, mask=there & wanted, other=otherwise).to(T)
 
 
 @triton.jit
@@ -49,7 +61,7 @@ def _step_block(
     # parameter, whether it has a master and whether it is rounded stochastically
     saturated,  # whether all w of the chunk are known to be 1, and left alone
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    AMSGRAD: tl.constexpr, MASTERS: tl.constexpr, BLOCK: tl.constexpr,
     TELLS: tl.constexpr,  # whether the kernel takes statistics, of this chunk or of others
     WHOLE: tl.constexpr,  # all elements are there and every operand is aligned: no masks, so that accesses are wide
 ):  # fmt: skip
@@ -57,43 +69,56 @@ def _step_block(
     params, grads, exp_avgs, grad_means, grad_vars, weight_sums, max_denoms, rests = operands
     amsgrad = modes[2]
     low, high, has_master, rounds_param = rounding
+    # Conditional loads are asked for with the others, as long as there are registers to hold what they bring.
+    w_at_once: tl.constexpr = not (AMSGRAD and TELLS)
+    rest_at_once: tl.constexpr = MASTERS and not (AMSGRAD or TELLS)
 
     # 1. Load.
     at = first + tl.arange(0, BLOCK)
+    if rest_at_once:
+        rest = _load_if(has_master, 0, rests, at, begin, end, tl.int16, tl.int16, WHOLE)
     p = _load(params, at, begin, end, PARAM, T, WHOLE)
-    if PARAM.is_bf16():  # known when this is compiled, the other is not  # noqa: SIM102
-        if has_master:
-            rest = _load(rests, at, begin, end, tl.int16, tl.int16, WHOLE)
-            p = join_master(p.to(tl.bfloat16), rest)
     g = _load(grads, at, begin, end, GRAD, T, WHOLE)
     m = _load(exp_avgs, at, begin, end, STATE, T, WHOLE)
     u = _load(grad_means, at, begin, end, STATE, T, WHOLE)
     s = _load(grad_vars, at, begin, end, STATE, T, WHOLE)
-    if amsgrad:
-        x = _load(max_denoms, at, begin, end, STATE, T, WHOLE)
-    else:
-        x = p
-    if saturated:
+    if w_at_once:
+        w = _load_if(not saturated, 1.0, weight_sums, at, begin, end, STATE, T, WHOLE)
+    if MASTERS:  # known when this is compiled, the other is not  # noqa: SIM102
+        if has_master:
+            if not rest_at_once:
+                rest = _load(rests, at, begin, end, tl.int16, tl.int16, WHOLE)
+            p = join_master(p.to(tl.bfloat16), rest)
+    x = s if TELLS else u  # stands for what nobody asks for; these two take the fewest registers
+    if AMSGRAD:  # as above  # noqa: SIM102
+        if amsgrad:
+            x = _load(max_denoms, at, begin, end, STATE, T, WHOLE)
+    if not w_at_once:
         w = tl.full((BLOCK,), 1.0, T)
-    else:
-        w = _load(weight_sums, at, begin, end, STATE, T, WHOLE)
+        if not saturated:
+            w = _load(weight_sums, at, begin, end, STATE, T, WHOLE)
 
     # 2. Update. A kernel that may tell has no registers for the shorter formula.
     if saturated & (not TELLS):
-        m, u, s, w, x, change, adaptive, gradient, b = update(p, g, m, u, s, w, x, coefficients, modes, LAPROP, True)
+        m, u, s, w, x, change, adaptive, gradient, b = update(
+            p, g, m, u, s, w, x, coefficients, modes, LAPROP, AMSGRAD, True
+        )
     else:
-        m, u, s, w, x, change, adaptive, gradient, b = update(p, g, m, u, s, w, x, coefficients, modes, LAPROP, False)
+        m, u, s, w, x, change, adaptive, gradient, b = update(
+            p, g, m, u, s, w, x, coefficients, modes, LAPROP, AMSGRAD, False
+        )
     p = p - change
 
     # 3. Store.
     stored = p.to(PARAM)
-    if PARAM.is_bf16():
+    if PARAM.is_bf16():  # as above  # noqa: SIM102
+        if rounds_param:
+            _, _, _, _, for_p = random_bits(low, high, at.to(tl.uint32))
+            stored = round_stochastically(p, for_p)
+    if MASTERS:  # as above  # noqa: SIM102
         if has_master:
             stored, rest = split_master(p)
             _store(rests, at, rest, begin, end, tl.int16, WHOLE)
-        elif rounds_param:
-            _, _, _, _, for_p = random_bits(low, high, at.to(tl.uint32))
-            stored = round_stochastically(p, for_p)
     _store(params, at, stored, begin, end, PARAM, WHOLE)
     if STATE != T:
         for_m, for_u, for_s, for_w, _ = random_bits(low, high, at.to(tl.uint32))
@@ -106,8 +131,9 @@ def _step_block(
     _store(grad_vars, at, s, begin, end, STATE, WHOLE)
     if not saturated:
         _store(weight_sums, at, w, begin, end, STATE, WHOLE)
-    if amsgrad:  # to nearest: of rounded maxima the largest would stay, and grow
-        _store(max_denoms, at, x, begin, end, STATE, WHOLE)
+    if AMSGRAD:  # as above  # noqa: SIM102
+        if amsgrad:  # to nearest: of rounded maxima the largest would stay, and grow
+            _store(max_denoms, at, x, begin, end, STATE, WHOLE)
 
     # 4. Tell.
     there = (at >= begin) & (at < end)
@@ -124,18 +150,18 @@ def _step_block(
 def _step_chunk(
     operands, begin, end, aligned, coefficients, modes, rounding, saturated,
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
-    BLOCK: tl.constexpr, TELLS: tl.constexpr,
+    AMSGRAD: tl.constexpr, MASTERS: tl.constexpr, BLOCK: tl.constexpr, TELLS: tl.constexpr,
 ):  # fmt: skip
     for first in range(0, end, BLOCK):
         if aligned & (first >= begin) & (first + BLOCK <= end):
             _step_block(
                 *(operands, first, begin, end, coefficients, modes, rounding, saturated),
-                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, TELLS, True),
+                *(LAPROP, T, PARAM, GRAD, STATE, AMSGRAD, MASTERS, BLOCK, TELLS, True),
             )
         else:
             _step_block(
                 *(operands, first, begin, end, coefficients, modes, rounding, saturated),
-                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, TELLS, False),
+                *(LAPROP, T, PARAM, GRAD, STATE, AMSGRAD, MASTERS, BLOCK, TELLS, False),
             )
 
 
@@ -144,7 +170,7 @@ def _step_and_tell(
     operands, begin, end, aligned, coefficients, modes, rounding, saturated,
     record,  # address: RECORD float32 that csrc/statistics.h describes
     LAPROP: tl.constexpr, T: tl.constexpr, PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    AMSGRAD: tl.constexpr, MASTERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Steps a chunk that is sampled. Its sums are deterministic, but their order is this backend's own."""
     adaptive = tl.zeros((), tl.float32)
@@ -156,12 +182,12 @@ def _step_and_tell(
         if aligned & (first >= begin) & (first + BLOCK <= end):
             a, b, c, d, e = _step_block(
                 *(operands, first, begin, end, coefficients, modes, rounding, saturated),
-                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, True, True),
+                *(LAPROP, T, PARAM, GRAD, STATE, AMSGRAD, MASTERS, BLOCK, True, True),
             )
         else:
             a, b, c, d, e = _step_block(
                 *(operands, first, begin, end, coefficients, modes, rounding, saturated),
-                *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, True, False),
+                *(LAPROP, T, PARAM, GRAD, STATE, AMSGRAD, MASTERS, BLOCK, True, False),
             )
         adaptive += a.to(tl.float32)
         one_minus_beta += b.to(tl.float32)
@@ -255,6 +281,8 @@ def step_kernel(
     PARAM: tl.constexpr,  # the parameters' type
     GRAD: tl.constexpr,  # the gradients' type
     STATE: tl.constexpr,  # the state's type: T, or bfloat16
+    AMSGRAD: tl.constexpr,  # whether any tensor has AMSGrad's maximum
+    MASTERS: tl.constexpr,  # whether any has a master
     CHUNK: tl.constexpr,  # elements of a chunk
     BLOCK: tl.constexpr,  # elements that a program works on at once
     STATISTICS: tl.constexpr,  # whether they are taken
@@ -353,12 +381,12 @@ def step_kernel(
                     record = statistics + tl.cast(chunk, tl.int64) * (4 * RECORD)
                     _step_and_tell(
                         *(operands, begin, end, aligned, coefficients, all_modes, rounding, saturated, record),
-                        *(LAPROP, T, PARAM, GRAD, STATE, BLOCK),
+                        *(LAPROP, T, PARAM, GRAD, STATE, AMSGRAD, MASTERS, BLOCK),
                     )
                 else:
                     _step_chunk(
                         *(operands, begin, end, aligned, coefficients, all_modes, rounding, saturated),
-                        *(LAPROP, T, PARAM, GRAD, STATE, BLOCK, STATISTICS),
+                        *(LAPROP, T, PARAM, GRAD, STATE, AMSGRAD, MASTERS, BLOCK, STATISTICS),
                     )
                 if STAMPS:  # known when this is compiled, the other is not  # noqa: SIM102
                     if saturation != 0:

@@ -63,7 +63,7 @@ def update_chunks_kernel(
                 max_denoms, master = tl.load(row + 5), tl.load(row + 11)
                 amsgrad = max_denoms != 0
                 start = (chunk - tl.load(row + 9)) * CHUNK
-                count = tl.minimum(tl.load(row + 7) - start, CHUNK)
+                count = tl.minimum(tl.load(row + 7) - start, CHUNK).to(tl.int32)
 
                 # 2. The lanes, each in the order of its elements.
                 large = tl.zeros((LANES,), T)
@@ -90,7 +90,7 @@ def update_chunks_kernel(
                     else:
                         x = p
                     _, _, _, _, _, change, _, _, _ = update(
-                        p, g, m, u, s, w, x, coefficients, (decay_mode, adam_eps, amsgrad), LAPROP, False
+                        p, g, m, u, s, w, x, coefficients, (decay_mode, adam_eps, amsgrad), LAPROP, True, False
                     )
                     change = tl.where(there, change, 0.0)
                     large, medium, small = add_square(p, large, medium, small)

@@ -110,15 +110,16 @@ struct ParsedStep {
   StepInput input;
 
   bool parse(PyObject* launched) {
-    int param, grad, state;
+    int param, grad, state, amsgrad, masters;  // of the latter each row tells; they are Triton's
     unsigned long long rows, chunk_rows, ticket, grad_scale, found_inf, grad_norm, trust_ratios, statistics, saturation,
         squares, norms;
     long long chunks;
     double max_grad_norm;
     PyObject *groups, *grads;
-    if (!PyArg_ParseTuple(launched, "iKiiipKKLKSSKKKKKKKKd", &device, &stream, &param, &grad, &state, &laprop, &rows,
-                          &chunk_rows, &chunks, &ticket, &groups, &grads, &grad_scale, &found_inf, &grad_norm,
-                          &trust_ratios, &statistics, &saturation, &squares, &norms, &max_grad_norm)) {
+    if (!PyArg_ParseTuple(launched, "iKiiipppKKLKSSKKKKKKKKd", &device, &stream, &param, &grad, &state, &laprop,
+                          &amsgrad, &masters, &rows, &chunk_rows, &chunks, &ticket, &groups, &grads, &grad_scale,
+                          &found_inf, &grad_norm, &trust_ratios, &statistics, &saturation, &squares, &norms,
+                          &max_grad_norm)) {
       return false;
     }
     input = {param,     grad,      state,        rows,       chunk_rows, chunks,  ticket, grad_scale,
