@@ -24,7 +24,7 @@ KERNELS = {"step_double": 4, "grad_norm": 7 + 2, "update_norm": 4 + 2}  # of a s
 # where all is float32, 640 where all has 16 bits, else 512.
 REGISTERS = {"step_kernel float32": 80, "step_kernel 16 bits": 96, "step_kernel": 128}
 REGISTERS |= {"norm_chunks_kernel": 96, "norm_total_kernel": 64}
-REGISTERS |= {"update_chunks_kernel": 168, "update_total_kernel": 64}
+REGISTERS |= {"update_chunks_kernel float": 128, "update_chunks_kernel": 168, "update_total_kernel": 64}
 
 # For one element, the most, by the types of parameter and state: where w is 1, and where it is not. An H200 copies
 # 4.25 TB/s, and its 132 multiprocessors issue for 128 lanes at 1.755 GHz: 7 for each byte that an element moves.
@@ -69,7 +69,27 @@ def test_registers(compiled):
         all_float = re.fullmatch(r"step_kernel<[01], float, float, float, float, false>", code.name)
         narrow = re.fullmatch(r"step_kernel<[01], float, BFloat16, (BFloat16|Half), BFloat16, false>", code.name)
         kind = " float32" if all_float else " 16 bits" if narrow else ""
+        kind = " float" if re.fullmatch(r"update_chunks_kernel<[01], float>", code.name) else kind
         assert code.registers <= REGISTERS[code.name.split("<")[0] + kind], (arch, code.name, code.registers)
+
+
+def test_updates_norm_asks_for_all_operands_at_once(compiled):
+    """Guards against operands of 16 bits that are widened where they are loaded: each was waited for before the next
+    was asked for, up to eight times in a turn."""
+    for arch, code in compiled:
+        if not re.fullmatch(r"update_chunks_kernel<[01], float>", code.name):
+            continue
+        loads, waits = [], []
+        for begin in code.block_ends:
+            under_way: set[int] = set()
+            for i, each in enumerate(code.block(begin), begin):
+                if under_way & {barrier for barrier in range(6) if each.control >> (52 + barrier) & 1}:
+                    waits.append(i)
+                if re.match(r"LDG.*[US]16", each.opcode):
+                    under_way.add(each.control >> 46 & 7)
+                    loads.append(i)
+        assert len(loads) >= 8 * 4  # operands, lanes
+        assert not waits or max(loads) < min(waits), (arch, code.name, code.instructions[min(waits)].text)
 
 
 def test_accesses_are_128_bits_wide(compiled):

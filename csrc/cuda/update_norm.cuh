@@ -2,6 +2,8 @@
 // added by the rule of norm.h over chunks of kStepChunk.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/coefficients.cuh"
 #include "cuda/lanes.cuh"
 #include "cuda/packet.cuh"
@@ -12,39 +14,57 @@ namespace maxva::cuda {
 constexpr int kUpdateThreads = 256;
 constexpr int kUpdateTotalThreads = kNormLanes;
 
+// An element as it lies in memory, one of 16 bits in a word's lower half. Dtypes are known at run time only, and what
+// is widened beside its load is waited for before the next operand is asked for: so all are loaded as words, and then
+// made numbers.
+template <typename T>
+using Word = std::conditional_t<sizeof(T) == sizeof(double), double, uint32_t>;
+
+__device__ __forceinline__ double load_word(const double* element) {
+  return *in_global_memory(element);
+}
+__device__ __forceinline__ uint32_t load_word(const uint32_t* element) {
+  return *in_global_memory(element);
+}
+// In the language this is a number of 16 bits first, and making a word of it waits as well.
+__device__ __forceinline__ uint32_t load_word(const uint16_t* element) {
+  uint32_t word;
+  asm("ld.global.u16 %0, [%1];" : "=r"(word) : "l"(__cvta_generic_to_global(element)));
+  return word;
+}
+
 // Elements at(0) ... at(kCount - 1) of a tensor of that dtype, which is kDouble exactly where T is double. Where at()
-// is negative there is none, and 1 in its place.
+// is negative there is none, and 1 in its place (of float16 nearly 2), or nothing.
 template <typename T, int kCount, typename At>
-__device__ __forceinline__ Several<T, kCount> read(const void* memory, const At& at, DType dtype) {
-  const auto of = [&](const auto* tensor) {
-    return each<kCount>([&](int k) { return at(k) < 0 ? T(1) : widen<T>(*in_global_memory(tensor + at(k))); });
+__device__ __forceinline__ Several<Word<T>, kCount> fetch(const void* memory, const At& at, DType dtype,
+                                                          bool fills = true) {
+  const auto of = [&](const auto* tensor, const Word<T> filling) {
+    return each<kCount>([&](int k) { return at(k) < 0 ? filling : load_word(tensor + at(k)); });
   };
   if constexpr (sizeof(T) == sizeof(double)) {
-    return of(static_cast<const double*>(memory));
+    return of(static_cast<const double*>(memory), 1);
+  } else if (dtype == DType::kFloat) {
+    return of(static_cast<const uint32_t*>(memory), to_bits(1.0f));
   } else {
-    switch (dtype) {
-      case DType::kHalf:
-        return of(static_cast<const Half*>(memory));
-      case DType::kBFloat16:
-        return of(static_cast<const BFloat16*>(memory));
-      default:
-        return of(static_cast<const float*>(memory));
-    }
+    return of(static_cast<const uint16_t*>(memory), fills ? one<BFloat16>().bits : 0u);
   }
 }
 
-// So of a parameter, or of its master.
-template <typename T, int kCount, typename At>
-__device__ __forceinline__ Several<T, kCount> read_params(const StepRow& row, const At& at, DType dtype) {
-  if constexpr (sizeof(T) == sizeof(float)) {
-    if (row.master != nullptr) {
-      const BFloat16* params = static_cast<const BFloat16*>(row.param);
-      return each<kCount>([&](int k) {
-        return at(k) < 0 ? T(1) : join_master(*in_global_memory(params + at(k)), *in_global_memory(row.master + at(k)));
-      });
+// And as numbers.
+template <typename T, int kCount>
+__device__ __forceinline__ Several<T, kCount> numbers(const Several<Word<T>, kCount>& words, DType dtype) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return words;
+  } else {
+    switch (dtype) {
+      case DType::kHalf:
+        return each<kCount>([&](int k) { return to_float(Half{static_cast<uint16_t>(words[k])}); });
+      case DType::kBFloat16:
+        return each<kCount>([&](int k) { return to_float(BFloat16{static_cast<uint16_t>(words[k])}); });
+      default:
+        return each<kCount>([&](int k) { return from_bits(words[k]); });
     }
   }
-  return read<T, kCount>(row.param, at, dtype);
 }
 
 // Compiled for each arithmetic and algorithm, not for each dtype as the step is: this pass is for few users.
@@ -80,6 +100,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
     }
     __syncthreads();
     const Modes modes{group.eps_mode, group.hyper.decay_mode, row.max_denom != nullptr, false};
+    const bool has_master = row.master != nullptr;
     const int64_t begin = (chunk - row.first_chunk) * kStepChunk;
     const int count = int(row.numel - begin < kStepChunk ? row.numel - begin : kStepChunk);
 
@@ -93,12 +114,31 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
           const int place = base + (own + k) * kUpdateThreads;
           return place < count ? begin + place : -1;
         };
-        const auto value = [&](const void* memory) { return read<T, kTogether>(memory, at, launch.state_dtype); };
-        const auto param = read_params<T, kTogether>(row, at, launch.param_dtype);
-        const auto grad = read<T, kTogether>(grads, at, launch.grad_dtype);
-        auto exp_avg = value(row.exp_avg), grad_mean = value(row.grad_mean), grad_var = value(row.grad_var);
-        auto weight_sum = value(row.weight_sum);
-        auto max_denom = modes.amsgrad ? value(row.max_denom) : Several<T, kTogether>(T(0));
+        const auto words = [&](const void* memory) { return fetch<T, kTogether>(memory, at, launch.state_dtype); };
+        const auto param_words = fetch<T, kTogether>(row.param, at, launch.param_dtype);
+        const auto grad_words = fetch<T, kTogether>(grads, at, launch.grad_dtype);
+        const auto exp_avg_words = words(row.exp_avg), grad_mean_words = words(row.grad_mean);
+        const auto grad_var_words = words(row.grad_var), weight_sum_words = words(row.weight_sum);
+        Several<Word<T>, kTogether> max_denom_words(0), rests(0);
+        if (modes.amsgrad) {
+          max_denom_words = words(row.max_denom);
+        }
+        if (has_master) {
+          rests = fetch<T, kTogether>(row.master, at, DType::kBFloat16, false);
+        }
+
+        const auto value = [&](const auto& its_words) { return numbers<T, kTogether>(its_words, launch.state_dtype); };
+        auto param = numbers<T, kTogether>(param_words, launch.param_dtype);
+        if constexpr (sizeof(T) == sizeof(float)) {
+          if (has_master) {
+            param = each<kTogether>([&](int k) {
+              return join_master({static_cast<uint16_t>(param_words[k])}, static_cast<int16_t>(rests[k]));
+            });
+          }
+        }
+        const auto grad = numbers<T, kTogether>(grad_words, launch.grad_dtype);
+        auto exp_avg = value(exp_avg_words), grad_mean = value(grad_mean_words), grad_var = value(grad_var_words);
+        auto weight_sum = value(weight_sum_words), max_denom = value(max_denom_words);
         const auto change = [&](const auto all_at_one) {
           const Modes of_these{modes.eps, modes.decay, modes.amsgrad, all_at_one};
           return update<kAlgorithm>(param, grad, exp_avg, grad_mean, grad_var, weight_sum, max_denom, coefficients,
