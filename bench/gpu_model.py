@@ -187,15 +187,13 @@ def _width(access: Any) -> int:
 
 def _issue(each: Any, moves: bool) -> Issue:
     unit, busy = next((unit, busy) for pattern, unit, busy in UNITS if re.match(pattern, each.opcode))
-    # The layout of these bits, which NVIDIA does not document, is known since Volta.
-    stall, done, read, waits = (each.control >> shift & mask for shift, mask in ((41, 15), (46, 7), (49, 7), (52, 63)))
     return Issue(
         unit,
         busy,
-        stall=max(1, stall, BRANCH if each.opcode in ("BRA", "BSYNC") else 0),
-        opens_done=done if done != 7 else None,  # 7: none
-        opens_read=read if read != 7 else None,
-        waits=tuple(barrier for barrier in range(6) if waits >> barrier & 1),
+        stall=max(1, each.stall, BRANCH if each.opcode in ("BRA", "BSYNC") else 0),
+        opens_done=each.opens_done,
+        opens_read=each.opens_read,
+        waits=each.waits,
         moved=_width(each) * WARP if moves else 0,
     )
 

@@ -42,6 +42,31 @@ class Instruction:
     target: int | None  # the index that it may branch to,
     conditional: bool  # and whether it may not
 
+    # The layout of the control bits, which NVIDIA does not document, is known since Volta.
+    @property
+    def stall(self) -> int:
+        """Cycles until the warp's next instruction."""
+        return self.control >> 41 & 15
+
+    @property
+    def opens_done(self) -> int | None:
+        """The barrier, of six, that is closed until the result is there,"""
+        return _barrier(self.control >> 46 & 7)
+
+    @property
+    def opens_read(self) -> int | None:
+        """and the one until the operands have been read."""
+        return _barrier(self.control >> 49 & 7)
+
+    @property
+    def waits(self) -> tuple[int, ...]:
+        """The barriers that must be open."""
+        return tuple(barrier for barrier in range(6) if self.control >> 52 + barrier & 1)
+
+
+def _barrier(number: int) -> int | None:
+    return None if number == 7 else number
+
 
 @dataclass
 class Code:

@@ -81,12 +81,12 @@ def test_updates_norm_asks_for_all_operands_at_once(compiled):
             continue
         loads, waits = [], []
         for begin in code.block_ends:
-            under_way: set[int] = set()
+            under_way = set()
             for i, each in enumerate(code.block(begin), begin):
-                if under_way & {barrier for barrier in range(6) if each.control >> (52 + barrier) & 1}:
+                if not under_way.isdisjoint(each.waits):
                     waits.append(i)
                 if re.match(r"LDG.*[US]16", each.opcode):
-                    under_way.add(each.control >> 46 & 7)
+                    under_way.add(each.opens_done)
                     loads.append(i)
         assert len(loads) >= 8 * 4  # operands, lanes
         assert not waits or max(loads) < min(waits), (arch, code.name, code.instructions[min(waits)].text)

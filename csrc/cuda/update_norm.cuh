@@ -34,10 +34,9 @@ __device__ __forceinline__ uint32_t load_word(const uint16_t* element) {
 }
 
 // Elements at(0) ... at(kCount - 1) of a tensor of that dtype, which is kDouble exactly where T is double. Where at()
-// is negative there is none, and 1 in its place (of float16 nearly 2), or nothing.
+// is negative there is none, and a number near 1 in its place: 1 but of float16, and of a master.
 template <typename T, int kCount, typename At>
-__device__ __forceinline__ Several<Word<T>, kCount> fetch(const void* memory, const At& at, DType dtype,
-                                                          bool fills = true) {
+__device__ __forceinline__ Several<Word<T>, kCount> fetch(const void* memory, const At& at, DType dtype) {
   const auto of = [&](const auto* tensor, const Word<T> filling) {
     return each<kCount>([&](int k) { return at(k) < 0 ? filling : load_word(tensor + at(k)); });
   };
@@ -46,7 +45,7 @@ __device__ __forceinline__ Several<Word<T>, kCount> fetch(const void* memory, co
   } else if (dtype == DType::kFloat) {
     return of(static_cast<const uint32_t*>(memory), to_bits(1.0f));
   } else {
-    return of(static_cast<const uint16_t*>(memory), fills ? one<BFloat16>().bits : 0u);
+    return of(static_cast<const uint16_t*>(memory), one<BFloat16>().bits);
   }
 }
 
@@ -124,7 +123,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
           max_denom_words = words(row.max_denom);
         }
         if (has_master) {
-          rests = fetch<T, kTogether>(row.master, at, DType::kBFloat16, false);
+          rests = fetch<T, kTogether>(row.master, at, DType::kBFloat16);
         }
 
         const auto value = [&](const auto& its_words) { return numbers<T, kTogether>(its_words, launch.state_dtype); };
