@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         engine = distributed.Engine(s.parallel, s.device)
         return Run(s, given, saved, engine).run()
     except (*USER_ERRORS, Diverged) as error:
-        if engine is None or engine.rank == 0:
+        if engine is None or engine.rank == 0 or isinstance(error, checkpoint.CheckpointError):
             print(f"bert_pretrain.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -69,7 +69,7 @@ class Run:
         self.begin = time.perf_counter()
         self.phases = settings.phases(s)
         self.total = sum(phase.steps for phase in self.phases)
-        self.done = saved["step"] if saved else 0
+        self.done = self.saved = saved["step"] if saved else 0
         self.out = engine.first(lambda: settings.output(s))
         self.say = print if engine.rank == 0 else lambda *_: None
         if s.deterministic:
@@ -136,6 +136,11 @@ class Run:
         return data.MaskedSequences(stream, length, tokens.vocab_size, self.s.seed, self.s.mask_share)
 
     def _check_resume(self, saved: dict[str, Any]) -> None:
+        if saved["step"] != (step := self.engine.first(lambda: saved["step"])):
+            raise checkpoint.CheckpointError(
+                f"--resume {self.out}: rank {self.engine.rank} finds step {saved['step']} and rank 0 step {step}; it "
+                "must be one directory that all nodes share, and no run may be writing to it"
+            )
         now = vars(self.s)
         if changed := settings.differences(saved["settings"], now, settings.RESULT):
             raise settings.SettingsError(
@@ -154,26 +159,31 @@ class Run:
             if self.done == 0:
                 self._write({"step": 0, "loss": None, "heldout_loss": self._held_out_loss(self.phases[0])})
             while self.done < end and not request.agreed:
-                line = self._step(self.done, request)
-                self.done += 1
-                if self.done % self.s.eval_every == 0 or self.done == self.total:
-                    line["heldout_loss"] = self._held_out_loss(schedule.phase_of(self.done - 1, self.phases))
-                    self.progress.say(f"step {self.done}: held-out loss {line['heldout_loss']:.3f}")
-                self._write(line)
-                self.progress.update(line)
-                if self.done % self.s.checkpoint_every == 0 or self.done == end or request.agreed:
+                if line := self._step(self.done, request):
+                    self.done += 1
+                    if self.done % self.s.eval_every == 0 or self.done == self.total:
+                        line["heldout_loss"] = self._held_out_loss(schedule.phase_of(self.done - 1, self.phases))
+                        self.progress.say(f"step {self.done}: held-out loss {line['heldout_loss']:.3f}")
+                    self._write(line)
+                    self.progress.update(line)
+                due = self.done % self.s.checkpoint_every == 0 or self.done == end or request.agreed
+                if due and self.done > self.saved:
                     self._save()
+            self.engine.barrier()  # torchrun ends all ranks after one that a signal ended; rank 0 has to have written
         self.progress.close()
         if self.done < self.total:
             launcher = "python" if self.s.parallel == "none" else f"torchrun --nproc-per-node {self.engine.ranks}"
             command = f"{launcher} {shlex.join([sys.argv[0], '--resume', str(self.out)])}"
-            self.say(f"stopped after step {self.done} of {self.total}; checkpoint saved. To go on: {command}")
+            if self.saved:
+                self.say(f"stopped after step {self.done} of {self.total}; checkpoint saved. To go on: {command}")
+            else:
+                self.say(f"stopped in the first step, so nothing is saved; delete {self.out} to begin again")
             return 128 + request.signal if request.signal else 0
         self._report()
         return 0
 
-    def _step(self, number: int, request: StopRequest) -> dict[str, Any]:
-        """One optimizer step: a large batch in micro-batches. Returns its line of the log."""
+    def _step(self, number: int, request: StopRequest) -> dict[str, Any] | None:
+        """One optimizer step: a large batch in micro-batches. Returns its line of the log; None if it was given up."""
         s, engine, start = self.s, self.engine, time.perf_counter()
         phase = schedule.phase_of(number, self.phases)
         sequences, micro = self.sequences[phase.seq_len], self._micro_batch(phase)
@@ -186,6 +196,9 @@ class Run:
         share = engine.ranks / (phase.batch * sequences.masked)  # the engines average over ranks
         loss = torch.zeros((), device=engine.device)
         for at in range(0, here, micro):
+            if at and engine.any(bool(request.signal)):
+                request.agreed = True
+                return None
             batch = sequences.training(np.arange(first + at, first + min(at + micro, here)))
             with engine.accumulating(self.model, last=at + micro >= here):
                 losses = self._forward(batch)
@@ -268,6 +281,7 @@ class Run:
             settings={name: getattr(self.s, name) for name in (*settings.RESULT, *settings.ROUNDING)},
             arguments=self.arguments,
         )
+        self.saved = self.done
 
     def _report(self) -> None:
         if self.log:

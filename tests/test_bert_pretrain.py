@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import bert_pretrain  # noqa: E402
 import numpy as np  # noqa: E402
-from bert import corpus, data, optimizers, schedule, settings, speed, tokenizer  # noqa: E402
+from bert import corpus, data, distributed, optimizers, schedule, settings, speed, tokenizer  # noqa: E402
 from transformers import BertConfig, BertForMaskedLM  # noqa: E402
 
 from maxva_kernels import LaMAdam, reference  # noqa: E402
@@ -108,14 +108,33 @@ def test_every_optimizer_trains_stops_and_resumes(name, train, tmp_path):
 def test_signal_saves_and_the_run_resumes_bit_for_bit(number, train, whole, tmp_path, monkeypatch, capsys):
     during(monkeypatch, 7, lambda: signal.raise_signal(number))
     code, log, out = train(tmp_path / "run", "--dropout", "0.1")
-    assert (code, len(log)) == (128 + number, 9)  # the step under way was finished
-    assert f"--resume {out}" in capsys.readouterr().out
+    assert (code, len(log)) == (128 + number, 8)  # the step under way was given up
+    assert f"stopped after step 7 of 12; checkpoint saved. To go on: python {sys.argv[0]} --resume {out}" in (
+        capsys.readouterr().out
+    )
     monkeypatch.undo()
     assert bert_pretrain.main(["--resume", str(out)]) == 0
     assert losses(out) == whole[0]
     states = [torch.load(path / "checkpoint.pt") for path in (out, whole[1])]
     assert equal(states[0]["model"], states[1]["model"])
     assert equal(states[0]["optimizer"]["state"], states[1]["optimizer"]["state"])
+
+
+def test_signal_in_the_last_micro_batch_keeps_the_step(train, tmp_path, monkeypatch):
+    """Guards a step that is as good as done, and all steps of a run without accumulation."""
+    during(monkeypatch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+    code, log, out = train(tmp_path / "run", "--micro-batch", "16")
+    assert (code, len(log)) == (128 + signal.SIGTERM, 9)
+    assert torch.load(out / "checkpoint.pt")["step"] == 8
+
+
+def test_signal_in_the_first_step_is_told(train, tmp_path, monkeypatch, capsys):
+    """Guards against advice to resume what has no checkpoint."""
+    during(monkeypatch, 0, lambda: signal.raise_signal(signal.SIGTERM))
+    code, log, out = train(tmp_path / "run")
+    assert (code, len(log)) == (128 + signal.SIGTERM, 1)
+    assert f"nothing is saved; delete {out} to begin again" in capsys.readouterr().out
+    assert not (out / "checkpoint.pt").exists()
 
 
 def test_crash_resumes_from_the_last_checkpoint(train, whole, tmp_path, monkeypatch):
@@ -151,6 +170,15 @@ def test_resume_with_other_settings_is_refused(train, whole, tmp_path, capsys):
     assert f"--resume {out}" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert bert_pretrain.main(["--resume", str(out), "--lr", "1e-2", "--stop-after", "4"]) == 0  # the same settings
+
+
+def test_ranks_that_find_other_checkpoints_are_refused(train, tmp_path, monkeypatch, capsys):
+    """Guards weeks of training from ranks that go on from different steps: a directory of each node's own, say."""
+    out = train(tmp_path / "run", "--stop-after", "3")[2]
+    first = distributed.Engine.first
+    monkeypatch.setattr(distributed.Engine, "first", lambda self, work: 5 if (had := first(self, work)) == 3 else had)
+    assert bert_pretrain.main(["--resume", str(out)]) == 2
+    assert "rank 0 finds step 3 and rank 0 step 5" in capsys.readouterr().err
 
 
 def test_resume_survives_a_lost_cache(train, whole, tmp_path):
@@ -403,27 +431,34 @@ def test_speed_of_shards_says_so():
 
 
 def as_rank(rank, ports, runs):
-    """One of two ranks: several runs, each in a process group of its own, as torchrun starts them."""
+    """One of two ranks: several runs, each in a process group of its own, as torchrun starts them. Some get a signal
+    in step 7, on rank 1 alone."""
     torch.set_num_threads(1)
-    for port, options in zip(ports, runs, strict=True):
+    for port, (options, signalled) in zip(ports, runs, strict=True):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         place |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}
         os.environ.update({key: str(value) for key, value in place.items()})
-        assert bert_pretrain.main(options) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            if signalled and rank == 1:
+                during(patch, 7, lambda: signal.raise_signal(signal.SIGTERM))
+            assert bert_pretrain.main(options) == (128 + signal.SIGTERM if signalled and rank == 1 else 0)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(train, text, tmp_path_factory):
-    """The same run alone, under DDP and FSDP2, and begun alone to be finished under DDP and FSDP2."""
+    """The same run alone, under DDP and FSDP2, begun alone to be finished under DDP and FSDP2, and stopped by a signal
+    and resumed under either."""
     folder = tmp_path_factory.mktemp("ranks")
     options = ["--lr", "3e-3", "--micro-batch", "3"]
     alone = train(folder / "alone", *options)[1]
     runs = []
     for parallel in ("ddp", "fsdp2"):
-        shared = ["--corpus", str(text), "--cache", str(train.cache), "--out", str(folder / parallel)]
-        runs.append([*TINY.split(), *options, *shared, "--parallel", parallel])
+        fixed = [*TINY.split(), *options, "--corpus", str(text), "--cache", str(train.cache), "--parallel", parallel]
+        runs.append(([*fixed, "--out", str(folder / parallel)], False))
         train(folder / f"half-{parallel}", *options, "--stop-after", "7")
-        runs.append(["--resume", str(folder / f"half-{parallel}"), "--parallel", parallel])
+        runs.append((["--resume", str(folder / f"half-{parallel}"), "--parallel", parallel], False))
+        runs.append(([*fixed, "--out", str(folder / f"stop-{parallel}")], True))
+        runs.append((["--resume", str(folder / f"stop-{parallel}")], False))
     # The stores that the ranks meet at are ours and stay, as torchrun's do: a port looked up and let go may have become
     # another's when rank 0 wants it, and a store on rank 0 ends before rank 1 has left the group.
     stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in runs]
@@ -439,7 +474,7 @@ def two_ranks(train, text, tmp_path_factory):
     return folder, alone
 
 
-@pytest.mark.parametrize("run", ["ddp", "fsdp2", "half-ddp", "half-fsdp2"])
+@pytest.mark.parametrize("run", ["ddp", "fsdp2", "half-ddp", "half-fsdp2", "stop-ddp", "stop-fsdp2"])
 def test_two_ranks_compute_what_one_process_does(run, two_ranks):
     folder, alone = two_ranks
     log = losses(folder / run)

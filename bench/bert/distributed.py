@@ -39,7 +39,7 @@ class Engine:
             self.device = torch.device("cuda", index)
             torch.cuda.set_device(self.device)
         if parallel != "none":
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 prepares the text alone
 
     def close(self) -> None:
@@ -73,6 +73,13 @@ class Engine:
         if self.parallel != "none":
             dist.all_reduce(total)
         return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so. The ranks' processes wait for each other, but not for their devices."""
+        flags = torch.tensor(int(flag))
+        if self.parallel != "none":
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
     def first(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, on every rank; so for its error."""

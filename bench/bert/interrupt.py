@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM as a request: the step under way is finished and saved first.
+"""Ctrl-C and SIGTERM as a request: the micro-batch under way is finished, and the steps before its step are saved.
 
-torchrun kills its workers 30 s after it has passed the signal on, or, from torch 2.14 on, as many as its
---shutdown-timeout says. A step that takes longer is lost, back to the last checkpoint.
+A step of a large batch may take minutes, and torchrun kills its workers 30 s after it has passed the signal on (from
+torch 2.14 on, as many as its --shutdown-timeout says). Sequences, masks and dropout come from the step's number, so a
+step that was given up is taken again as if it had not begun.
 """
 
 import signal
@@ -38,5 +39,5 @@ class StopRequest:
             raise KeyboardInterrupt
         if not self.signal:
             again = " (Ctrl-C again: stop at once)" if self._one_process else ", if torchrun waits so long"
-            self._say(f"{signal.Signals(number).name}: finishing this step, then saving{again}")
+            self._say(f"{signal.Signals(number).name}: finishing this micro-batch, then saving{again}")
         self.signal = number
