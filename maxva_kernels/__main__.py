@@ -4,6 +4,7 @@
 """
 
 import argparse
+import signal
 import sys
 
 from maxva_kernels import info
@@ -24,6 +25,7 @@ def main() -> None:
     if arguments.command != "convert":
         print(info.report())
         return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # by way of what removes a partial file
     try:
         print(file.convert_file(arguments))
     except (OSError, ValueError) as error:

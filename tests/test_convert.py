@@ -8,6 +8,7 @@ import argparse
 import copy
 import itertools
 import os
+import signal
 import subprocess
 import sys
 
@@ -722,6 +723,18 @@ def test_command_on_files_that_cannot_be_read_or_written(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full)
     assert "no space left" in command(monkeypatch, tmp_path / "in.pt", tmp_path / "out.pt")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.pt", "in.pt", "text.pt"]
+
+
+def test_command_that_is_ended_leaves_no_partial_file(tmp_path, monkeypatch):
+    """Guards disks from hidden gigabytes, which a job that ran out of time would leave."""
+    torch.save(torch_dict(), tmp_path / "in.pt")
+    monkeypatch.setattr(torch, "save", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert command(monkeypatch, tmp_path / "in.pt", tmp_path / "out.pt") == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.pt"]
 
 
 def test_command_leaves_rights_and_links(tmp_path, monkeypatch):
