@@ -109,7 +109,7 @@ def forget(states: States, fresh: list[tuple[Tensor, str | None]]) -> None:
 def _has_state(states: States, param: Tensor, settings: dict[str, Any]) -> bool:
     state = states.get(param, {})
     has_master = not settings["master_weights"] or param.dtype not in MASTERS or "master" in state
-    return bool(state) and has_master and (not settings["amsgrad"] or "max_denom" in state)
+    return "step" in state and has_master and (not settings["amsgrad"] or "max_denom" in state)
 
 
 def whole_masters(param_groups: ParamGroups, states: States) -> tuple[list[Tensor], list[Tensor]]:
