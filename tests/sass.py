@@ -216,7 +216,10 @@ def read(cubin: Path) -> list[Code]:
     codes = []
     for part in run(program, "-sass", str(cubin)).split("Function : ")[1:]:
         name, _, body = part.partition("\n")
-        pattern = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)([^;&?]*)[^;]*;\s+/\* 0x\w+ \*/\s+/\* (0x\w+) \*/"
+        # Operands end where older programs print what the scheduler is told: "&req={0} ?trans5".
+        operands = r"([^;&?]*)[^;]*;"
+        pattern = r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?\s*([A-Z][\w.]*)" + operands
+        pattern += r"\s+/\* 0x\w+ \*/\s+/\* (0x\w+) \*/"
         lines = re.findall(pattern, body)
         place = {int(address, 16): i for i, (address, *_) in enumerate(lines)}
         instructions = []
