@@ -6,6 +6,7 @@ In place of the launch by Triton's runtime, `SimulatedTriton` compiles the kerne
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,15 @@ else:
 needs_triton = pytest.mark.skipif(bool(why_not), reason=why_not)
 
 CAPABILITY = 80
+
+
+def has_right_interpreter() -> bool:
+    """Whether there is Triton, and its interpreter does as a GPU: before 3.8 the larger of a number and a NaN is NaN."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, version.split(".")[:2])) >= (3, 8)
 
 
 @functools.cache

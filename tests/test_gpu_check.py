@@ -34,6 +34,7 @@ from gpu_check import (  # noqa: E402
     trace,
 )
 from gpu_check.record import Record  # noqa: E402
+from simulated_triton import has_right_interpreter  # noqa: E402
 
 from maxva_kernels.backends import registry  # noqa: E402
 
@@ -98,7 +99,7 @@ def check_tritons_kernels_are_interpreted(records, folder):
     """Guards against an interpreter that is asked for and never starts: where it can run, its test must have passed,
     and have taken the seconds that interpreting takes."""
     run = records["correctness"]["runs"][2]
-    can = importlib.util.find_spec("triton") is not None and HAS_CPU_KERNELS
+    can = has_right_interpreter() and HAS_CPU_KERNELS
     assert run["run"] == correctness.INTERPRETER
     assert (run["passed"], run["failed"]) == (int(can), 0), run
     assert not can or run["seconds"] > 2
