@@ -38,7 +38,7 @@ CAPABILITY = 80
 
 
 def has_right_interpreter() -> bool:
-    """Whether there is Triton, and its interpreter does as a GPU: before 3.8 the larger of a number and a NaN is NaN."""
+    """Whether there is Triton, and its interpreter as a GPU: before 3.8 the larger of a number and a NaN is NaN."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
