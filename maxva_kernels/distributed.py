@@ -67,7 +67,6 @@ def local(groups: Sequence[Group]) -> list[Group]:
         lists = {name: getattr(tensors, name) for name in TENSOR_LISTS}
         lists["grads"] = grads
         here = TensorLists(**{name: to_local(lists[name]) for name in lists})
-        # Not by _replace: where a graph breaks, torch 2.11's compiler makes an empty tuple of that.
         moved.append(Group(group.hyper, here, group.number, group.keys))
     return moved
 

@@ -178,14 +178,14 @@ def step_groups(
         its_groups: Sequence[Group] = [groups[i] for i in members]
         scaling = Scaling(_on(device, grad_scale), _on(device, found_inf))
         if max_grad_norm is not None and max_grad_norm < math.inf:
-            scaling = scaling._replace(grad_norm=_on(device, norm), max_grad_norm=max_grad_norm)
+            scaling = Scaling(*scaling[:2], _on(device, norm), max_grad_norm)
         runs = select(backend, device)
         if trust_ratio:
             its_groups = with_gradients(its_groups)
             owners = joined(with_gradients([whole[i] for i in members]), "params")
             norms = _call(runs.update_norms, groups, members, its_groups, laprop, scaling)
             norms = distributed.whole_norms(norms, owners)
-            scaling = scaling._replace(trust_ratios=_trust_ratios(norms))
+            scaling = Scaling(*scaling[:4], _trust_ratios(norms))
         steps.append((runs, members, its_groups, scaling))
     # A part is checked by its own step, before which others' have already changed their tensors.
     for _, members, its_groups, _ in steps[1:]:

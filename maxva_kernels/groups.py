@@ -145,6 +145,8 @@ class TensorLists:
 TENSOR_LISTS = tuple(each.name for each in fields(TensorLists))  # once: a compiled step cannot ask for fields
 
 
+# Groups and scalings are made by their constructors, not by _replace: where a graph breaks, torch 2.11's compiler makes
+# empty tuples of what that gave.
 class Group(NamedTuple):
     hyper: Hyperparameters
     tensors: TensorLists
@@ -190,5 +192,5 @@ def with_gradients(groups: Sequence[Group]) -> Sequence[Group]:
         lists = {name: getattr(tensors, name) for name in TENSOR_LISTS}
         kept = {name: [values[i] for i in keep] if values else [] for name, values in lists.items()}
         keys = [group.keys[i] for i in keep] if group.keys else ()
-        present.append(group._replace(tensors=TensorLists(**kept), keys=keys))
+        present.append(Group(group.hyper, TensorLists(**kept), group.number, keys))
     return present

@@ -37,13 +37,18 @@ needs_triton = pytest.mark.skipif(bool(why_not), reason=why_not)
 CAPABILITY = 80
 
 
-def has_right_interpreter() -> bool:
-    """Whether there is Triton, and its interpreter as a GPU: before 3.8 the larger of a number and a NaN is NaN."""
+def triton_version() -> tuple[int, ...]:
+    """Its first two numbers; none where there is no Triton."""
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return tuple(map(int, version.split(".")[:2])) >= (3, 8)
+        return ()
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def has_right_interpreter() -> bool:
+    """Whether there is Triton, and its interpreter as a GPU: before 3.8 the larger of a number and a NaN is NaN."""
+    return triton_version() >= (3, 8)
 
 
 @functools.cache

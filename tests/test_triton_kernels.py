@@ -23,6 +23,7 @@ from simulated_triton import (
     install_triton,
     machine_code,
     needs_triton,
+    triton_version,
 )
 
 from maxva_kernels import MAdam
@@ -90,16 +91,14 @@ def test_interpreter(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def check_registers(code: Code, most: int, usual: bool) -> None:
+def check_registers(code: Code, most: int, usual: bool, launch: object) -> None:
     """No local memory, and no more registers than that. The kernels are cut to what Triton 3.8 gives out; others may
     keep ten registers of a thread in local memory where it has more to keep than usual, and take more for float64."""
-    import triton
-
-    cut_to_it = triton.__version__.startswith("3.8.")
+    cut_to_it = triton_version() == (3, 8)
     if usual or cut_to_it:
-        assert not code.uses_local_memory, code.stack
-    assert code.stack <= 40
-    assert code.registers <= (most if cut_to_it or code.double == 0 else max(most, 168))
+        assert not code.uses_local_memory, (launch, code.stack)
+    assert code.stack <= 40, (launch, code.stack)
+    assert code.registers <= (most if cut_to_it or code.double == 0 else max(most, 168)), launch
 
 
 @needs_cuobjdump
@@ -116,7 +115,7 @@ def test_machine_code_of_the_step(param, grad, state, capability):
         launch = dict(zip(features, values, strict=True))
         constants = constants_of(step_constants, param, grad, state, **launch)
         code = machine_code(step_kernel, constants, capability)
-        check_registers(code, 128, usual=not any(launch[name] for name in features[1:]))
+        check_registers(code, 128, not any(launch[name] for name in features[1:]), launch)
         wide = [dtype for dtype in (param, grad) if dtype in ("float32", "float64")]
         moments = 0 if state == "bfloat16" else 4 + launch["amsgrad"]
         assert code.count(r"LDG\.E.*\.128") >= moments + len(wide)
@@ -136,7 +135,7 @@ def test_machine_code_of_the_updates_norm(param, grad, state, capability):
     for laprop in (False, True):
         constants = constants_of(update_constants, param, grad, state, laprop=laprop)
         code = machine_code(update_chunks_kernel, constants, capability)
-        check_registers(code, 255 if param == "float64" else 128, usual=param != "float16")
+        check_registers(code, 255 if param == "float64" else 128, param != "float16", laprop)
         assert (code.double > 0) == (param == "float64")
 
 
