@@ -57,6 +57,11 @@ def wait_event(event: torch.cuda.Event, device: torch.device) -> None:
     torch.cuda.current_stream(device).wait_event(event)
 
 
+def record_use(memory: Tensor) -> None:
+    """Has PyTorch give that memory, once it is freed, to nobody before the current stream has come to this place."""
+    memory.record_stream(torch.cuda.current_stream(memory.device))
+
+
 def is_capturing() -> bool:
     """Whether launches go into a CUDA graph at present."""
     return torch.cuda.is_current_stream_capturing()
@@ -128,7 +133,9 @@ def _launch(
 
     def make() -> StepTable:
         check()
-        return make_step_table(groups, launcher.STEP_CHUNK, launcher.MAX_TENSORS, launcher.MAX_GROUPS)
+        table = make_step_table(groups, launcher.STEP_CHUNK, launcher.MAX_TENSORS, launcher.MAX_GROUPS)
+        table.stream = stream
+        return table
 
     try:
         key = step_key(groups)
@@ -136,9 +143,10 @@ def _launch(
         check()  # which names the tensor
         raise
     capturing = _is_captured(launcher)
-    table = step_tables.find(key, make, capturing)
-    grads = _fitting(joined(groups, "grads"), params, table, check)
     stream = current_stream(device)
+    table = step_tables.find(key, make, capturing)
+    _record_use(table, stream, capturing)
+    grads = _fitting(joined(groups, "grads"), params, table, check)
     _copy_stand_ins(groups, table, back=False)
     weight_sums = joined(groups, "weight_sums")
     for param_dtype, state_dtype, segment, members in table.segments:
@@ -240,6 +248,7 @@ def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:
     # steps before the capture, which waited.
     if table.sent is not None and table.stream != stream and not capturing:
         wait_event(table.sent, device)
+    _record_use(table, stream, capturing)
     sums = torch.empty((table.chunks, 3), dtype=torch.float64 if double else torch.float32, device=device)
     norm = torch.empty((), dtype=sums.dtype, device=device)
     where = (device.index or 0, stream)
@@ -249,6 +258,14 @@ def grad_norm(launcher: Launcher, grads: list[Tensor]) -> Tensor:
         launcher.norm_chunks(NormLaunch(*where, DTYPE_CODES[dtype], double, *cut, addresses, sums.data_ptr()))
     launcher.norm_total(TotalLaunch(*where, double, sums.data_ptr(), table.chunks, norm.data_ptr()))
     return norm
+
+
+def _record_use(table: StepTable | NormTable, stream: int, capturing: bool) -> None:
+    """Before launches on that stream: the table may be dropped while they wait. Where it was made on their stream,
+    memory that is freed goes to what comes after them; what a graph reads is not dropped."""
+    if table.stream != stream and not capturing:
+        for memory in table.memory():
+            record_use(memory)
 
 
 def _fitting(

@@ -49,8 +49,8 @@ class Segment:
             ticket = torch.zeros(1, dtype=torch.int64)
             memory = torch.cat([torch.tensor(rows, dtype=torch.int64).flatten(), ticket, chunk_rows])
         # The copy is ordered before the launches on this stream, and so before all that the user orders after them.
-        self._memory = memory.to(device, non_blocking=True)
-        self.rows = self._memory.data_ptr()  # addresses
+        self.memory = [memory.to(device, non_blocking=True)]
+        self.rows = self.memory[0].data_ptr()  # addresses
         self.ticket = self.rows + 8 * len(rows) * len(rows[0])
         self.chunk_rows = self.ticket + 8
         # Of a step, whether any row has them.
@@ -59,7 +59,8 @@ class Segment:
 
     def is_part(self) -> None:
         """There are other segments: the rows of this one are some of all."""
-        self._index = torch.tensor(self.tensors, device="cpu").to(self._memory.device, non_blocking=True)
+        self._index = torch.tensor(self.tensors, device="cpu").to(self.memory[0].device, non_blocking=True)
+        self.memory.append(self._index)
 
     def rows_of(self, values: Tensor) -> Tensor:
         """What of values for all tensors belongs to the rows."""
@@ -86,6 +87,12 @@ class StepTable:
     has_double: bool = False  # a parameter is float64
     # Operands that lie otherwise: the list, the index in it, and memory that the kernel works on in their place.
     stand_ins: list[tuple[str, int, Tensor]] = field(default_factory=list)
+    stream: int = 0  # on which it was sent to the device
+
+    def memory(self) -> list[Tensor]:
+        """What it holds on the device."""
+        memory = [tensor for *_, segment, _ in self.segments for tensor in segment.memory]
+        return memory + [stand_in for *_, stand_in in self.stand_ins]
 
 
 def step_key(groups: Sequence[Group]) -> tuple[object, ...]:
@@ -180,6 +187,10 @@ class NormTable:
     stream: int = 0  # on which it was sent to the device
     sent: torch.cuda.Event | None = None  # when it is there
 
+    def memory(self) -> list[Tensor]:
+        """What it holds on the device."""
+        return [tensor for _, segment in self.segments for tensor in segment.memory]
+
 
 def make_norm_table(grads: Sequence[Tensor], chunk: int, max_tensors: int) -> NormTable:
     """A table for checked gradients. It holds no addresses, only sizes: gradients of the same sizes can share it."""
@@ -207,13 +218,15 @@ Table = TypeVar("Table", StepTable, NormTable)
 class TableCache(Generic[Table]):
     """Tables by key, the least recently used dropped first.
 
-    Optimizers that step inside the backward pass have a table for each parameter, so there is room for many: more than
-    a device has launches waiting, none of which can need a table that is dropped. Those that a captured graph reads
-    must outlive it and are kept.
+    Room is counted in bytes, and for a key's numbers on the host too: where state is moved to the host and back between
+    steps, each step may bring new addresses, and so a table that will never be found again. There is room for a hundred
+    tables of 400 tensors, or for tens of thousands of one, as optimizers have that step inside the backward pass. The
+    newest is kept whatever its size, and those that a captured graph reads are too, for they must outlive it.
     """
 
-    def __init__(self, room: int = 4096):
+    def __init__(self, room: int = 1 << 26):
         self._room = room
+        self._taken = 0
         self._lock = threading.RLock()  # optimizers may step in autograd's threads
         self._tables: OrderedDict[tuple[object, ...], Table] = OrderedDict()
         self._latest: tuple[tuple[object, ...], Table] | None = None
@@ -244,9 +257,15 @@ class TableCache(Generic[Table]):
                 )
             table = self._tables[key] = make()
             self.made += 1
-            if len(self._tables) > self._room:
-                self._tables.popitem(last=False)
+            self._taken += _size(key, table)
+            while self._taken > self._room and len(self._tables) > 1:
+                self._taken -= _size(*self._tables.popitem(last=False))
         self._latest = (key, table)
         if capturing:
             self._kept[id(table)] = table
         return table
+
+
+def _size(key: tuple[object, ...], table: Table) -> int:
+    """Bytes: of a number of the key some 64, with what else stays on the host."""
+    return 64 * len(key) + sum(tensor.nbytes for tensor in table.memory())

@@ -17,6 +17,7 @@ from maxva_kernels import MAdam, _ops, functional, gpu, gpu_ops
 from maxva_kernels.backends.registry import select
 from maxva_kernels.groups import MOMENTS, Group, Hyperparameters, Scaling, TensorLists
 from maxva_kernels.launch import DTYPE_CODES, PACKED_GROUP
+from maxva_kernels.tensor_table import StepTable
 
 SHAPES = ((3, 5), 70, (2, 2, 2, 2))
 
@@ -294,11 +295,44 @@ def test_optimizers_take_turns(launcher):
 def test_room_is_limited(monkeypatch, launcher):
     """Guards against tables kept for ever, against a table that is gone and not made again, and against the loss of one
     that was used a moment ago, which a kernel may be about to read."""
-    monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)(room=2))
     pairs = [Pair(launcher), Pair(launcher), Pair(launcher)]
+    assert pairs[0].step() == 1
+    monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)(room=2 * gpu.step_tables._taken))
     assert [pair.step() for pair in pairs + pairs] == [1] * 6
     assert [pairs[2].step(), pairs[1].step(), pairs[2].step(), pairs[0].step(), pairs[2].step()] == [0, 0, 0, 1, 0]
     assert [pairs[1].step(), pairs[2].step()] == [1, 0]
+
+
+def test_new_addresses_in_each_step(launcher, monkeypatch):
+    """Guards against a table kept for each step of a run whose state goes to the host and back in between, and with it
+    the memory that stands in for an operand of other strides."""
+    moved = []  # and kept, so that each has an address of its own
+
+    def move(optimizer):
+        state = optimizer.state[params_of(optimizer)[0]]
+        state["exp_avg"] = state["exp_avg"].t().clone(memory_format=torch.contiguous_format).t()
+        moved.append(state["exp_avg"])
+
+    pair = Pair(launcher)
+    pair.step()
+    monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)())
+    pair.both(move)
+    assert pair.step() == 1
+    room = 5 * gpu.step_tables._taken // 2
+    monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)(room))
+    for _ in range(5):
+        pair.both(move)
+        assert pair.step() == 1
+        assert gpu.step_tables._taken <= room
+    assert len(gpu.step_tables._tables) == 2
+
+
+def test_largest_table_is_kept(launcher, monkeypatch):
+    """Guards against a table made anew in each step because it alone is larger than the room for all."""
+    monkeypatch.setattr(gpu, "step_tables", type(gpu.step_tables)(room=0))
+    pairs = [Pair(launcher), Pair(launcher)]
+    assert [pair.step() for pair in (pairs[0], pairs[0], pairs[1], pairs[1])] == [1, 0, 1, 0]
+    assert len(gpu.step_tables._tables) == 1
 
 
 def test_table_holds_no_tensors(pair):
@@ -383,6 +417,7 @@ def test_norm_tables_and_streams(launcher, monkeypatch):
     monkeypatch.setattr(gpu, "current_stream", lambda device: streams[-1])
     monkeypatch.setattr(gpu, "record_event", lambda device: f"table of {streams[-1]}")
     monkeypatch.setattr(gpu, "wait_event", lambda event, device: waits.append((streams[-1], event)))
+    monkeypatch.setattr(gpu, "record_use", lambda memory: None)
     pair = Pair(launcher, max_grad_norm=1.0, skip_nonfinite=True)
     pair.step()
     pair.step()
@@ -395,6 +430,31 @@ def test_norm_tables_and_streams(launcher, monkeypatch):
     pair.step()
     assert len(waits) == 1
     assert gpu.norm_tables.made == 1
+
+
+def test_tables_and_their_last_use(launcher, monkeypatch):
+    """Guards against a table whose memory, once it is dropped, PyTorch gives to somebody else while a launch on another
+    stream has yet to read it; on the stream that it was made on, one comes after the other anyway."""
+    streams, used = [11], []
+    monkeypatch.setattr(gpu, "current_stream", lambda device: streams[-1])
+    monkeypatch.setattr(gpu, "wait_event", lambda event, device: None)
+    monkeypatch.setattr(gpu, "record_use", lambda memory: used.append(memory.data_ptr()))
+    params = make_params(((3, 5), 70)) + make_params((9,), torch.float64)
+    optimizer = MAdam(params, **BASE, backend=launcher.backend, max_grad_norm=1.0)
+    run(optimizer, last=1)
+    optimizer.state[params[0]]["exp_avg"] = optimizer.state[params[0]]["exp_avg"].t().contiguous().t()
+    run(optimizer, first=1, last=3)
+    assert used == []
+    streams.append(22)
+    run(optimizer, first=3, last=4)
+    (step, norm) = (cache._latest[1] for cache in (gpu.step_tables, gpu.norm_tables))
+    held = [tensor.data_ptr() for table in (norm, step) for tensor in table.memory()]
+    assert used == held
+    assert len(held) == 2 + 2 * 2 + 1  # two segments each, the step's with their indices, and the stand-in
+    streams.append(33)
+    monkeypatch.setattr(gpu, "is_capturing", lambda: True)
+    run(optimizer, first=4, last=5)
+    assert len(used) == len(held)
 
 
 # --- CUDA graphs: what can be tested without one --------------------------------------------------------------------
@@ -432,7 +492,7 @@ def test_captured_tables_are_kept(pair, monkeypatch):
     monkeypatch.setattr(gpu, "is_capturing", lambda: False)
     for i in range(3):
         cache._room = 1
-        cache.find((i,), object, False)
+        cache.find((i,), StepTable, False)
     assert table not in cache._tables.values()
     assert table in cache._kept.values()
 

@@ -115,6 +115,7 @@ class StandIn:
         patches.setattr(gpu, "current_stream", lambda device: self._stream)
         patches.setattr(gpu, "record_event", lambda device: _Event(self._capturing))
         patches.setattr(gpu, "wait_event", self._wait)
+        patches.setattr(gpu, "record_use", lambda memory: None)
         patches.setattr(gpu, "is_capturing", lambda: self._capturing)
         patches.setattr(optim, "_is_capturing", lambda groups: self._capturing)
 
