@@ -59,19 +59,21 @@ MACHINES = (Machine("H100", 3.0e12), Machine("H200", 4.25e12))
 
 
 class Line(NamedTuple):
-    """A kernel and where it is looked at: types of parameter, gradient and state, and whether w is 1."""
+    """A kernel and where it is looked at: types of parameter, gradient and state, whether w is 1, and the mode."""
 
     source: str  # a file of csrc/cuda, or TRITON
     param: str
     grad: str
     state: str
     saturated: bool
+    amsgrad: bool = False
 
     @property
     def bytes(self) -> int:
         """Moved for an element: parameter and moments both ways, w unless it is 1, the gradient once."""
         size = {"float": 4, "BFloat16": 2}
-        return 2 * size[self.param] + size[self.grad] + 2 * (3 if self.saturated else 4) * size[self.state]
+        moments = 4 - self.saturated + self.amsgrad
+        return 2 * size[self.param] + size[self.grad] + 2 * moments * size[self.state]
 
     @property
     def elements(self) -> int:
@@ -220,7 +222,7 @@ def turn_of(line: Line, code: Any) -> list[Any]:
     rounded = line.elements if line.param == "BFloat16" else 0
     if line.source == TRITON:  # which branches around the store of w, where the other has a predicate
         turns = code.triton_turns("MUFU", FACTOR, "LDG|STG")
-        turn: list[Any] = turns[approximations, rounded, 10 if line.saturated else 11]
+        turn: list[Any] = turns[approximations, rounded, 11 - line.saturated + 2 * line.amsgrad]
     else:
         turn = code.turns("MUFU", FACTOR)[approximations, rounded]
     return turn
@@ -237,13 +239,14 @@ def compiled() -> dict[str, list[Any]]:
 
 
 def compiled_by_triton(line: Line) -> Any:
-    """The machine code of MAdam's step without statistics, AMSGrad and masters."""
+    """The machine code of MAdam's step without statistics and masters."""
     from maxva_kernels.triton_kernels.launcher import step_constants
     from maxva_kernels.triton_kernels.step import step_kernel
     from simulated_triton import constants_of, machine_code
 
     name = {"float": "float32", "BFloat16": "bfloat16"}
-    constants = constants_of(step_constants, name[line.param], name[line.grad], name[line.state])
+    dtypes = (name[line.param], name[line.grad], name[line.state])
+    constants = constants_of(step_constants, *dtypes, amsgrad=line.amsgrad)
     return machine_code(step_kernel, constants, int(ARCH.removeprefix("sm_")))
 
 

@@ -59,17 +59,21 @@ def test_our_kernels(tmp_path):
     assert not [each.opcode for each in turn if re.match(r"(LDG|STG)(?!.*128)", each.opcode)]
 
 
+WITH_MAXIMUM = [line._replace(amsgrad=True) for line in gpu_model.TRITON_LINES if line.state == "float"]
+
+
 @needs_triton
 @needs_cuobjdump
-@pytest.mark.parametrize("line", gpu_model.TRITON_LINES, ids=str)
+@pytest.mark.parametrize("line", gpu_model.TRITON_LINES + WITH_MAXIMUM, ids=str)
 def test_triton_kernels(line):
     """Guards against loads one behind the other: while w was loaded in a branch, after what other loads had brought was
-    used, the model gave an H100 0.58 to 0.82, and with bfloat16 throughout other orders of the loads 0.61 to 0.85."""
+    used, the model gave an H100 0.58 to 0.82; AMSGrad's maximum 0.78 to 0.83; and with bfloat16 throughout other orders
+    of the loads 0.61 to 0.85."""
     code = gpu_model.compiled_by_triton(line)
     assert gpu_model.warps_of(line, code) == 4
     row = gpu_model.row(line, code)
     # In 16 bits there are instructions for random numbers, too many for an H200.
     rounded = [line.param, line.state].count("BFloat16") if line.state == "BFloat16" else 0
-    assert int(row[2]) < (105, 115, 125)[rounded] + 30 * (not line.saturated)
+    assert int(row[2]) < (105, 115, 125)[rounded] + 30 * (not line.saturated) + 5 * line.amsgrad
     assert row[5] == "1.00"
     assert float(row[7]) >= (1.00, 0.90, 0.70)[rounded]

@@ -71,6 +71,7 @@ def _step_block(
     low, high, has_master, rounds_param = rounding
     # Conditional loads are asked for with the others, as long as there are registers to hold what they bring.
     w_at_once: tl.constexpr = not (AMSGRAD and TELLS)
+    max_at_once: tl.constexpr = AMSGRAD and STATE == T and not TELLS
     rest_at_once: tl.constexpr = MASTERS and not (AMSGRAD or TELLS)
 
     # 1. Load.
@@ -90,7 +91,9 @@ def _step_block(
                 rest = _load(rests, at, begin, end, tl.int16, tl.int16, WHOLE)
             p = join_master(p.to(tl.bfloat16), rest)
     x = s if TELLS else u  # stands for what nobody asks for; these two take the fewest registers
-    if AMSGRAD:  # as above  # noqa: SIM102
+    if max_at_once:
+        x = _load_if(amsgrad, 0.0, max_denoms, at, begin, end, STATE, T, WHOLE)
+    elif AMSGRAD:  # as above  # noqa: SIM102
         if amsgrad:
             x = _load(max_denoms, at, begin, end, STATE, T, WHOLE)
     if not w_at_once:
