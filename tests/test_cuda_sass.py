@@ -92,6 +92,16 @@ def test_updates_norm_asks_for_all_operands_at_once(compiled):
         assert not waits or max(loads) < min(waits), (arch, code.name, code.instructions[min(waits)].text)
 
 
+def test_instructions_of_the_norm(compiled):
+    """Guards the gradients' norm against becoming bound by instructions, as it was while each element was put to all
+    three sums: an H200 has time for 14 an element of 16 bits, and of comparisons and integer instructions for 7."""
+    for arch, code in compiled:
+        if match := re.fullmatch(r"norm_chunks_kernel<float, (\w+)>", code.name):
+            (turn,) = code.turns().values()
+            elements = 4 * 16 // (4 if match[1] == "float" else 2)  # four packets
+            assert 4 < len(turn) / elements <= 9, (arch, code.name, len(turn) / elements)
+
+
 def test_accesses_are_128_bits_wide(compiled):
     """Guards against a body that the compiler cut in narrower loads or stores: each operand, once in each slice of
     the state, must be a 128-bit access, and all accesses must be to global memory by name."""

@@ -84,3 +84,32 @@ def test_sums_follow_the_rule(offset, dtype, twice, orders, simulated):
     with np.errstate(all="ignore"):
         expected = torch.stack([sums_by_the_rule(chunk) for chunk in chunks])
     assert torch.equal(bits(sums), bits(expected))
+
+
+UNUSUAL = {
+    torch.float32: (2.0**-44, (1 - 2.0**-24) * 2.0**-44, 2.0**-149, (1 - 2.0**-24) * 2.0**44, 2.0**44, 1e38, torch.inf),
+    torch.bfloat16: (2.0**-44, (1 - 2.0**-8) * 2.0**-44, 2.0**-133, (1 - 2.0**-8) * 2.0**44, 2.0**44, 1e38, torch.inf),
+    torch.float16: (2.0**-24, 65504.0, torch.inf),
+}
+
+
+@pytest.mark.parametrize("usual", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", UNUSUAL, ids=str)
+def test_one_unusual_element(dtype, usual, simulated):
+    """Guards the shortcut where all elements go to the medium sum: against one that does not, whichever thread and
+    packet has it, on both sides of both borders, and against zeros of either sign that pass for small ones."""
+    simulated.blocks = 32
+    places = (0, 5, LANES + 3, CHUNK - 1, CHUNK - 1 - LANES)
+    for unusual in UNUSUAL[dtype]:
+        grads = [torch.full((CHUNK,), usual, dtype=dtype) for _ in places]
+        for place, grad in zip(places, grads, strict=True):
+            grad[1::2] *= -1
+            grad[place] = -unusual
+        table = make_norm_table(grads, CHUNK, simulated.MAX_TENSORS)
+        ((_, segment),) = table.segments
+        sums = torch.full((table.chunks, 3), torch.nan)
+        where = (segment.rows, segment.chunk_rows, segment.chunks, gpu._addresses(grads, dtype, lambda: None))
+        simulated.norm_chunks(NormLaunch(0, 0, DTYPE_CODES[dtype], False, *where, sums.data_ptr()))
+        with np.errstate(all="ignore"):
+            expected = torch.stack([sums_by_the_rule(grad.float()) for grad in grads])
+        assert torch.equal(bits(sums), bits(expected)), unusual

@@ -128,14 +128,20 @@ def test_machine_code_of_the_step(param, grad, state, capability):
 @pytest.mark.parametrize(("param", "grad", "state"), KINDS)
 def test_machine_code_of_the_updates_norm(param, grad, state, capability):
     """Guards against spilled registers, against more than let a multiprocessor hold two programs (a count of elements
-    in 64 bits took 80 of them), and against float64 where it was not asked for."""
+    in 64 bits took 80 of them), against narrow loads, and against float64 where it was not asked for."""
     from maxva_kernels.triton_kernels.launcher import update_constants
     from maxva_kernels.triton_kernels.update_norm import update_chunks_kernel
 
-    for laprop in (False, True):
-        constants = constants_of(update_constants, param, grad, state, laprop=laprop)
+    features = ("laprop", "amsgrad") + ("masters",) * (param == "bfloat16")
+    for values in itertools.product((False, True), repeat=len(features)):
+        launch = dict(zip(features, values, strict=True))
+        constants = constants_of(update_constants, param, grad, state, **launch)
         code = machine_code(update_chunks_kernel, constants, capability)
-        check_registers(code, 255 if param == "float64" else 128, param != "float16", laprop)
+        usual = param != "float16" and not any(launch[name] for name in features[1:])
+        check_registers(code, 255 if param == "float64" else 128, usual, launch)
+        wide = [dtype for dtype in (param, grad) if dtype in ("float32", "float64")]
+        moments = 0 if state == "bfloat16" else 4 + launch["amsgrad"]
+        assert code.count(r"LDG\.E.*\.128") >= moments + len(wide)
         assert (code.double > 0) == (param == "float64")
 
 

@@ -14,6 +14,7 @@ from cases import (
     device_of,
     make_params,
     needs_cpu_kernels,
+    params_of,
     run,
     set_grads,
     states,
@@ -175,6 +176,25 @@ def test_threads_make_no_difference(dtype):
         torch.set_num_threads(threads)
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("others", [0.0, 1.0])
+def test_one_unusual_element(others, dtype, simulated):
+    """Guards the shortcut where all squares go to the medium sum: whole chunks in which one parameter, and with it one
+    update by the decay, is too small or too large for it."""
+    unusual = (1e-25, 1e-15, 1e16, 1e25, torch.inf)
+    params = [torch.nn.Parameter(torch.full((2 * 8192 + 9,), others, dtype=dtype)) for _ in unusual]
+    with torch.no_grad():
+        for i, (param, value) in enumerate(zip(params, unusual, strict=True)):
+            param[(5, 8191, 8192, 9000, 3000)[i]] = -value
+    pair = with_twin(MAdam(params, backend=simulated.backend, trust_ratio=True, **{**BASE, "weight_decay": 0.1}))
+    for _ in range(2):
+        for optimizer in pair:
+            for param in params_of(optimizer):
+                param.grad = torch.zeros_like(param)
+            optimizer.step()
+        assert_same_bits(*pair)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .maxva import add_square, root_of_sum
+from .maxva import add_square, are_medium, root_of_sum, twice_the_bits
 
 LANES = tl.constexpr(1024)
 # Columns of the table (maxva_kernels/tensor_table.py, NORM_COLUMNS).
@@ -25,6 +25,40 @@ def add_up(lanes):
     return tl.sum(lanes, axis=0)
 
 
+@triton.jit
+def _sums(
+    address,  # of the chunk's first element
+    count,  # of its elements
+    T: tl.constexpr, GRAD: tl.constexpr, CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,  # it is whole and aligned: no masks, so that accesses are wide
+    MEDIUM: tl.constexpr,  # all elements are hoped to be medium: only that sum is made, and what tells
+):  # fmt: skip
+    """The lanes' large, medium and small sums, each in the order of its elements, and the least of `twice_the_bits`."""
+    pointer = address.to(tl.pointer_type(GRAD))
+    lane = tl.arange(0, LANES)
+    large = tl.zeros((LANES,), T)
+    medium = tl.zeros((LANES,), T)
+    small = tl.zeros((LANES,), T)
+    least = tl.full((LANES,), 0xFFFFFFFF, tl.uint32)
+    if WHOLE:
+        for first in tl.static_range(0, CHUNK, LANES):
+            values = tl.load(tl.multiple_of(pointer, 16) + first + lane).to(T)
+            if MEDIUM:
+                medium += values * values
+                least = tl.minimum(least, twice_the_bits(values))
+            else:
+                large, medium, small = add_square(values, large, medium, small)
+    else:
+        for first in range(0, count, LANES):
+            values = tl.load(pointer + first + lane, mask=first + lane < count, other=0.0).to(T)
+            if MEDIUM:
+                medium += values * values
+                least = tl.minimum(least, twice_the_bits(values))
+            else:
+                large, medium, small = add_square(values, large, medium, small)
+    return large, medium, small, least
+
+
 @triton.jit(do_not_specialize=["rows", "chunk_rows", "chunks", "grads", "sums"])
 def norm_chunks_kernel(
     rows: tl.int64,  # address of the table: for each tensor COLUMNS int64
@@ -40,7 +74,6 @@ def norm_chunks_kernel(
     rows = rows.to(tl.int64).to(tl.pointer_type(tl.int64))
     chunk_rows = chunk_rows.to(tl.int64).to(tl.pointer_type(tl.int32))
     grads = grads.to(tl.int64).to(tl.pointer_type(tl.int64))
-    lane = tl.arange(0, LANES)
     for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
         tensor = tl.load(chunk_rows + chunk)
         row = rows + tensor * COLUMNS
@@ -48,26 +81,32 @@ def norm_chunks_kernel(
         count = tl.minimum(tl.load(row) - index * CHUNK, CHUNK).to(tl.int32)
         address = tl.load(grads + tensor) + index * (CHUNK * GRAD.primitive_bitwidth // 8)
 
-        # 1. The lanes, each in the order of its elements.
-        large = tl.zeros((LANES,), T)
-        medium = tl.zeros((LANES,), T)
-        small = tl.zeros((LANES,), T)
-        if ((address & 15) == 0) & (count == CHUNK):
-            aligned = tl.multiple_of(address.to(tl.pointer_type(GRAD)), 16)
-            for first in tl.static_range(0, CHUNK, LANES):
-                values = tl.load(aligned + first + lane).to(T)
-                large, medium, small = add_square(values, large, medium, small)
+        # 1. The lanes, and these together. Nearly always all elements are medium, and less is enough.
+        whole = ((address & 15) == 0) & (count == CHUNK)
+        hopes: tl.constexpr = tl.float32 == T
+        if whole:
+            large, medium, small, least = _sums(address, count, T, GRAD, CHUNK, True, hopes)
         else:
-            pointer = address.to(tl.pointer_type(GRAD))
-            for first in range(0, count, LANES):
-                values = tl.load(pointer + first + lane, mask=first + lane < count, other=0.0).to(T)
-                large, medium, small = add_square(values, large, medium, small)
+            large, medium, small, least = _sums(address, count, T, GRAD, CHUNK, False, hopes)
+        of_large = tl.zeros((), T)
+        of_small = tl.zeros((), T)
+        if hopes & are_medium(medium, least):
+            of_medium = add_up(medium)
+        else:
+            if hopes:
+                if whole:
+                    large, medium, small, least = _sums(address, count, T, GRAD, CHUNK, True, False)
+                else:
+                    large, medium, small, least = _sums(address, count, T, GRAD, CHUNK, False, False)
+            of_large = add_up(large)
+            of_medium = add_up(medium)
+            of_small = add_up(small)
 
-        # 2. The lanes together.
+        # 2. The sums of the chunk.
         at = (sums.to(tl.int64) + (tl.load(row + 2) + index) * (3 * T.primitive_bitwidth // 8)).to(tl.pointer_type(T))
-        tl.store(at, add_up(large))
-        tl.store(at + 1, add_up(medium))
-        tl.store(at + 2, add_up(small))
+        tl.store(at, of_large)
+        tl.store(at + 1, of_medium)
+        tl.store(at + 2, of_small)
 
 
 @triton.jit(do_not_specialize=["sums", "chunks", "norm"])

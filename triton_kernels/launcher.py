@@ -147,24 +147,24 @@ class TritonLauncher:
 
 
 def update_constants(launch: Any) -> dict[str, Any]:
-    """What `update_chunks_kernel` is compiled for."""
+    """What `update_chunks_kernel` is compiled for. Maxima and masters take registers, for want of which a thread would
+    wait longer for memory: who has none does not pay for them."""
     return {
         "LAPROP": bool(launch.laprop),
         "T": _TYPES[int(launch.param_dtype == 1)],
         "PARAM": _TYPES[launch.param_dtype],
         "GRAD": _TYPES[launch.grad_dtype],
         "STATE": _TYPES[launch.state_dtype],
+        "AMSGRAD": launch.amsgrad,
+        "MASTERS": launch.masters,
         "CHUNK": TritonLauncher.STEP_CHUNK,
     }
 
 
 def step_constants(launch: Any) -> dict[str, Any]:
-    """What `step_kernel` is compiled for. Maxima and masters take registers, for want of which a thread would wait
-    longer for memory: who has none does not pay for them."""
+    """What `step_kernel` is compiled for."""
     return {
         **update_constants(launch),
-        "AMSGRAD": launch.amsgrad,
-        "MASTERS": launch.masters,
         "BLOCK": 256 if launch.param_dtype == 1 else 512,
         "STATISTICS": launch.statistics != 0,
     }
@@ -174,11 +174,14 @@ def options(constants: dict[str, Any]) -> dict[str, Any]:
     """How a kernel with these constants is compiled."""
     if "PARAM" not in constants:
         return _OPTIONS
+    chosen = dict(_OPTIONS)
     if "BLOCK" not in constants:  # update_chunks_kernel, whose threads then have four lanes each
-        return {**_OPTIONS, "num_warps": 8}
-    # For a step ptxas, left to itself, chooses fewer registers on some architectures, and spills. With 128 each, four
-    # programs fit a multiprocessor.
-    return {**_OPTIONS, "maxnreg": 128} if constants["T"] is tl.float32 else _OPTIONS
+        chosen["num_warps"] = 8
+    if constants["T"] is tl.float32:
+        # ptxas, left to itself, chooses fewer registers on some architectures, and spills, or more. With 128 each, four
+        # programs of a step fit a multiprocessor, two of an update's norm.
+        chosen["maxnreg"] = 128
+    return chosen
 
 
 @functools.cache

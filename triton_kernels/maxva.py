@@ -160,6 +160,21 @@ def add_square(g, large, medium, small):
 
 
 @triton.jit
+def twice_the_bits(g):
+    """Less 1, of float32: unsigned numbers in the order of |g|, but that of 0 is the largest."""
+    return g.to(tl.uint32, bitcast=True) * 2 - 1
+
+
+@triton.jit
+def are_medium(sums, least):
+    """Whether `add_square` adds to medium sums alone, and the squares as they are: of sums that were made so, and for
+    each the least of `twice_the_bits`, which tells of small elements, as the sums do of large ones. Of sums that have
+    become large by the number of elements it says no, too."""
+    are = (least >= 2 * 0x29800000 - 1) & (sums < 2.0**88)  # the bits of 2^-44
+    return tl.min(are.to(tl.int32)) != 0
+
+
+@triton.jit
 def root_of_sum(large, medium, small):
     """The square root of what the three sums stand for."""
     double: tl.constexpr = large.dtype == tl.float64

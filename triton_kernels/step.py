@@ -7,49 +7,12 @@ from .coefficients import COLUMNS, read_coefficients, read_overflow, read_scalin
 from .master import join_master, split_master
 from .maxva import update
 from .rounding import random_bits, round_stochastically, rounding_key
+from .stored import load, load_if, store
 
 # Numbers of a chunk's statistics (maxva_kernels/statistics.py, FIELDS).
 RECORD = tl.constexpr(6)
 # In one of so many steps a chunk without stamp is searched for w that are not 1 (csrc/saturation.h, kSearches).
 SEARCHES = tl.constexpr(16)
-
-
-@triton.jit
-def _pointer(address, STORED: tl.constexpr, WHOLE: tl.constexpr):
-    pointer = address.to(tl.pointer_type(STORED))
-    if WHOLE:  # the hint belongs to the operation that makes the pointer, which must therefore be made here
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
-
-
-@triton.jit
-def _load(address, at, begin, end, STORED: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr):
-    pointer = _pointer(address, STORED, WHOLE)
-    if WHOLE:
-        return tl.load(pointer + at).to(T)
-    else:
-        return tl.load(pointer + at, mask=(at >= begin) & (at < end), other=0).to(T)
-
-
-@triton.jit
-def _load_if(
-    wanted, otherwise: tl.constexpr,
-    address, at, begin, end, STORED: tl.constexpr, T: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """`_load`, or a constant. By a mask: a branch would stand between the other loads, or behind the first use of what
-    they have loaded, so that a second wait for memory followed the first."""
-    pointer = _pointer(address, STORED, WHOLE)
-    there = (at >= 0) if WHOLE else (at >= begin) & (at < end)
-    return tl.load(pointer + at, mask=there & wanted, other=otherwise).to(T)
-
-
-@triton.jit
-def _store(address, at, value, begin, end, STORED: tl.constexpr, WHOLE: tl.constexpr):
-    pointer = _pointer(address, STORED, WHOLE)
-    if WHOLE:
-        tl.store(pointer + at, value.to(STORED))
-    else:
-        tl.store(pointer + at, value.to(STORED), mask=(at >= begin) & (at < end))
 
 
 @triton.jit
@@ -77,29 +40,29 @@ def _step_block(
     # 1. Load.
     at = first + tl.arange(0, BLOCK)
     if rest_at_once:
-        rest = _load_if(has_master, 0, rests, at, begin, end, tl.int16, tl.int16, WHOLE)
-    p = _load(params, at, begin, end, PARAM, T, WHOLE)
-    g = _load(grads, at, begin, end, GRAD, T, WHOLE)
-    m = _load(exp_avgs, at, begin, end, STATE, T, WHOLE)
-    u = _load(grad_means, at, begin, end, STATE, T, WHOLE)
-    s = _load(grad_vars, at, begin, end, STATE, T, WHOLE)
+        rest = load_if(has_master, 0, rests, at, begin, end, tl.int16, tl.int16, WHOLE)
+    p = load(params, at, begin, end, PARAM, T, WHOLE)
+    g = load(grads, at, begin, end, GRAD, T, WHOLE)
+    m = load(exp_avgs, at, begin, end, STATE, T, WHOLE)
+    u = load(grad_means, at, begin, end, STATE, T, WHOLE)
+    s = load(grad_vars, at, begin, end, STATE, T, WHOLE)
     if w_at_once:
-        w = _load_if(not saturated, 1.0, weight_sums, at, begin, end, STATE, T, WHOLE)
+        w = load_if(not saturated, 1.0, weight_sums, at, begin, end, STATE, T, WHOLE)
     if MASTERS:  # known when this is compiled, the other is not  # noqa: SIM102
         if has_master:
             if not rest_at_once:
-                rest = _load(rests, at, begin, end, tl.int16, tl.int16, WHOLE)
+                rest = load(rests, at, begin, end, tl.int16, tl.int16, WHOLE)
             p = join_master(p.to(tl.bfloat16), rest)
     x = s if TELLS else u  # stands for what nobody asks for; these two take the fewest registers
     if max_at_once:
-        x = _load_if(amsgrad, 0.0, max_denoms, at, begin, end, STATE, T, WHOLE)
+        x = load_if(amsgrad, 0.0, max_denoms, at, begin, end, STATE, T, WHOLE)
     elif AMSGRAD:  # as above  # noqa: SIM102
         if amsgrad:
-            x = _load(max_denoms, at, begin, end, STATE, T, WHOLE)
+            x = load(max_denoms, at, begin, end, STATE, T, WHOLE)
     if not w_at_once:
         w = tl.full((BLOCK,), 1.0, T)
         if not saturated:
-            w = _load(weight_sums, at, begin, end, STATE, T, WHOLE)
+            w = load(weight_sums, at, begin, end, STATE, T, WHOLE)
 
     # 2. Update. A kernel that may tell has no registers for the shorter formula.
     if saturated & (not TELLS):
@@ -121,22 +84,22 @@ def _step_block(
     if MASTERS:  # as above  # noqa: SIM102
         if has_master:
             stored, rest = split_master(p)
-            _store(rests, at, rest, begin, end, tl.int16, WHOLE)
-    _store(params, at, stored, begin, end, PARAM, WHOLE)
+            store(rests, at, rest, begin, end, tl.int16, WHOLE)
+    store(params, at, stored, begin, end, PARAM, WHOLE)
     if STATE != T:
         for_m, for_u, for_s, for_w, _ = random_bits(low, high, at.to(tl.uint32))
         m = round_stochastically(m, for_m)
         u = round_stochastically(u, for_u)
         s = round_stochastically(s, for_s)
         w = round_stochastically(w, for_w)
-    _store(exp_avgs, at, m, begin, end, STATE, WHOLE)
-    _store(grad_means, at, u, begin, end, STATE, WHOLE)
-    _store(grad_vars, at, s, begin, end, STATE, WHOLE)
+    store(exp_avgs, at, m, begin, end, STATE, WHOLE)
+    store(grad_means, at, u, begin, end, STATE, WHOLE)
+    store(grad_vars, at, s, begin, end, STATE, WHOLE)
     if not saturated:
-        _store(weight_sums, at, w, begin, end, STATE, WHOLE)
+        store(weight_sums, at, w, begin, end, STATE, WHOLE)
     if AMSGRAD:  # as above  # noqa: SIM102
         if amsgrad:  # to nearest: of rounded maxima the largest would stay, and grow
-            _store(max_denoms, at, x, begin, end, STATE, WHOLE)
+            store(max_denoms, at, x, begin, end, STATE, WHOLE)
 
     # 4. Tell.
     there = (at >= begin) & (at < end)

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kNormThreads<Grad>) norm_chunks_kernel(const _
     // neighbours. An element that is not there counts as 0, which adds nothing.
     const bool packets = is_packet_aligned(grad);
     const int first = packets ? threadIdx.x * kWidth : threadIdx.x, spacing = packets ? 1 : kThreads;
-    T large[kWidth] = {}, medium[kWidth] = {}, small[kWidth] = {};
+    OwnLanes<T, kWidth> own;
     for (int base = 0; base < count; base += kNormLanes * kNormAhead) {
       Grad values[kNormAhead][kWidth] = {};
 #pragma unroll
@@ -49,20 +49,14 @@ __global__ void __launch_bounds__(kNormThreads<Grad>) norm_chunks_kernel(const _
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < kNormAhead; ++i) {
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) {
-          add_square(widen<T>(values[i][k]), large[k], medium[k], small[k]);
-        }
-      }
+      own.template add<kNormAhead>([&](int i, int lane) { return widen<T>(values[i][lane]); });
     }
 
     // 2. The lanes together.
     __syncthreads();  // the last chunk's sum has been read
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      lanes.set(first + k * spacing, large[k], medium[k], small[k]);
+      lanes.set(first + k * spacing, own.large[k], own.medium[k], own.small[k]);
     }
     lanes.add_up(kThreads);
     if (threadIdx.x == 0) {

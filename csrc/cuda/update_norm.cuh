@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
     const int count = int(row.numel - begin < kStepChunk ? row.numel - begin : kStepChunk);
 
     // 2. Each thread's lanes. No packets: neighbours of a warp read neighbours in memory, however a tensor begins.
-    SumOfSquares<T> params[kOwn] = {}, updates[kOwn] = {};
+    OwnLanes<T, kTogether> params[kOwn / kTogether], updates[kOwn / kTogether];
     const auto coefficients = broadcast<Several<T, kTogether>>(shared);
     for (int base = threadIdx.x; base < count; base += int(kNormLanes)) {
 #pragma unroll
@@ -146,23 +146,20 @@ __global__ void __launch_bounds__(kUpdateThreads) update_chunks_kernel(const __g
         };
         const bool all_at_one = kTogether > 1 && __all_sync(__activemask(), all_ones(weight_sum.lanes));
         const auto changes = with_constant(all_at_one, change);
-#pragma unroll
-        for (int k = 0; k < kTogether; ++k) {
-          if (at(k) >= 0) {
-            SumOfSquares<T>&of_param = params[own + k], &of_update = updates[own + k];
-            add_square(param[k], of_param.large, of_param.medium, of_param.small);
-            add_square(changes[k], of_update.large, of_update.medium, of_update.small);
-          }
-        }
+        // An element that is not there counts as 0, which adds nothing.
+        params[own / kTogether].template add<1>([&](int, int k) { return at(k) < 0 ? T(0) : param[k]; });
+        updates[own / kTogether].template add<1>([&](int, int k) { return at(k) < 0 ? T(0) : changes[k]; });
       }
     }
 
     // 3. The lanes together, first the parameter's, then the update's.
-    const auto total_of = [&](const SumOfSquares<T>(&own)[kOwn]) {
+    const auto total_of = [&](const OwnLanes<T, kTogether>* own) {
       __syncthreads();  // the last sum has been read
 #pragma unroll
       for (int k = 0; k < kOwn; ++k) {
-        lanes.set(threadIdx.x + k * kUpdateThreads, own[k].large, own[k].medium, own[k].small);
+        const OwnLanes<T, kTogether>& its = own[k / kTogether];
+        const int lane = k % kTogether;
+        lanes.set(threadIdx.x + k * kUpdateThreads, its.large[lane], its.medium[lane], its.small[lane]);
       }
       lanes.add_up(kUpdateThreads);
       return threadIdx.x == 0 ? lanes.sum() : SumOfSquares<T>{};
