@@ -190,7 +190,7 @@ class Scenario:
         """What `SimulatedLauncher.step` is given."""
         self.table = make_step_table(self.groups, CHUNK, 2900, 64)
         ((_, state_dtype, segment, _),) = self.table.segments
-        self.ticket = segment._memory[(segment.ticket - segment.rows) // 8]
+        self.ticket = segment.memory[0][(segment.ticket - segment.rows) // 8]
         packed, _ = pack([group.hyper for group in self.groups], torch.float32, torch.device("cpu"))
         self.rates = torch.tensor([group.hyper.lr for group in self.groups])
         if rates_by_address:
@@ -199,7 +199,7 @@ class Scenario:
         all_grads = [grad for group in self.groups for grad in group.tensors.grads]
         grads = np.frombuffer(gpu._addresses(all_grads, self.grad_dtype, lambda: None), np.uint64).copy()
         if skipped:
-            rows = segment._memory.numpy()
+            rows = segment.memory[0].numpy()
             for name, place in [*((n, STEP_COLUMNS.index(n)) for n in STEP_COLUMNS[:6]), ("grad", None)]:
                 (tensor,) = getattr(self.groups[0].tensors, f"{name}s")
                 self.only[f"{name}0"] = (tensor.data_ptr(), tensor.nbytes)
