@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import DTYPES, bits
+from simulated import Simulation
 from twins import at_offset
 
 from maxva_kernels import gpu
@@ -65,6 +66,21 @@ def draw(numel: int, dtype: torch.dtype, orders: str, generator: torch.Generator
     return drawn.to(dtype)
 
 
+def assert_sums_follow_the_rule(launcher: Simulation, grads: list[torch.Tensor], twice: bool) -> None:
+    """Of gradients of one dtype, launched together; twice: in float64."""
+    dtype, wide = grads[0].dtype, torch.float64 if twice else torch.float32
+    table = make_norm_table(grads, CHUNK, launcher.MAX_TENSORS)
+    ((_, segment),) = table.segments
+    sums = torch.full((table.chunks, 3), torch.nan, dtype=wide)
+    addresses = gpu._addresses([grads[i] for i in segment.tensors], dtype, lambda: None)
+    where = (segment.rows, segment.chunk_rows, segment.chunks, addresses, sums.data_ptr())
+    launcher.norm_chunks(NormLaunch(0, 0, DTYPE_CODES[dtype], twice, *where))
+    chunks = [chunk.to(wide) for grad in grads if grad.numel() for chunk in grad.split(CHUNK)]
+    with np.errstate(all="ignore"):
+        expected = torch.stack([sums_by_the_rule(chunk) for chunk in chunks])
+    assert torch.equal(bits(sums), bits(expected))
+
+
 @pytest.mark.parametrize(("dtype", "twice", "orders"), VARIANTS, ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_sums_follow_the_rule(offset, dtype, twice, orders, simulated):
@@ -73,17 +89,7 @@ def test_sums_follow_the_rule(offset, dtype, twice, orders, simulated):
     simulated.blocks = 32
     generator = torch.Generator().manual_seed(0)
     grads = [at_offset(draw(size, dtype, orders, generator), offset) for size in SIZES + RAGGED]
-    table = make_norm_table(grads, CHUNK, simulated.MAX_TENSORS)
-    ((_, segment),) = table.segments
-    wide = torch.float64 if twice else torch.float32
-    sums = torch.full((table.chunks, 3), torch.nan, dtype=wide)
-    addresses = gpu._addresses([grads[i] for i in segment.tensors], dtype, lambda: None)
-    where = (segment.rows, segment.chunk_rows, segment.chunks, addresses, sums.data_ptr())
-    simulated.norm_chunks(NormLaunch(0, 0, DTYPE_CODES[dtype], twice, *where))
-    chunks = [chunk.to(wide) for grad in grads if grad.numel() for chunk in grad.split(CHUNK)]
-    with np.errstate(all="ignore"):
-        expected = torch.stack([sums_by_the_rule(chunk) for chunk in chunks])
-    assert torch.equal(bits(sums), bits(expected))
+    assert_sums_follow_the_rule(simulated, grads, twice)
 
 
 UNUSUAL = {
@@ -105,11 +111,4 @@ def test_one_unusual_element(dtype, usual, simulated):
         for place, grad in zip(places, grads, strict=True):
             grad[1::2] *= -1
             grad[place] = -unusual
-        table = make_norm_table(grads, CHUNK, simulated.MAX_TENSORS)
-        ((_, segment),) = table.segments
-        sums = torch.full((table.chunks, 3), torch.nan)
-        where = (segment.rows, segment.chunk_rows, segment.chunks, gpu._addresses(grads, dtype, lambda: None))
-        simulated.norm_chunks(NormLaunch(0, 0, DTYPE_CODES[dtype], False, *where, sums.data_ptr()))
-        with np.errstate(all="ignore"):
-            expected = torch.stack([sums_by_the_rule(grad.float()) for grad in grads])
-        assert torch.equal(bits(sums), bits(expected)), unusual
+        assert_sums_follow_the_rule(simulated, grads, False)
