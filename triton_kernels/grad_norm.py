@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .maxva import add_square, are_medium, root_of_sum, twice_the_bits
+from .maxva import add_square_assuming, are_medium, root_of_sum
 
 LANES = tl.constexpr(1024)
 # Columns of the table (maxva_kernels/tensor_table.py, NORM_COLUMNS).
@@ -43,19 +43,11 @@ def _sums(
     if WHOLE:
         for first in tl.static_range(0, CHUNK, LANES):
             values = tl.load(tl.multiple_of(pointer, 16) + first + lane).to(T)
-            if MEDIUM:
-                medium += values * values
-                least = tl.minimum(least, twice_the_bits(values))
-            else:
-                large, medium, small = add_square(values, large, medium, small)
+            large, medium, small, least = add_square_assuming(values, large, medium, small, least, MEDIUM)
     else:
         for first in range(0, count, LANES):
             values = tl.load(pointer + first + lane, mask=first + lane < count, other=0.0).to(T)
-            if MEDIUM:
-                medium += values * values
-                least = tl.minimum(least, twice_the_bits(values))
-            else:
-                large, medium, small = add_square(values, large, medium, small)
+            large, medium, small, least = add_square_assuming(values, large, medium, small, least, MEDIUM)
     return large, medium, small, least
 
 

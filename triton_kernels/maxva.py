@@ -166,6 +166,17 @@ def twice_the_bits(g):
 
 
 @triton.jit
+def add_square_assuming(g, large, medium, small, least, MEDIUM: tl.constexpr):
+    """`add_square`; or, assuming that all are medium, to that sum alone, with the least of `twice_the_bits`, by which
+    `are_medium` tells whether they were."""
+    if MEDIUM:
+        return large, medium + g * g, small, tl.minimum(least, twice_the_bits(g))
+    else:
+        large, medium, small = add_square(g, large, medium, small)
+        return large, medium, small, least
+
+
+@triton.jit
 def are_medium(sums, least):
     """Whether `add_square` adds to medium sums alone, and the squares as they are: of sums that were made so, and for
     each the least of `twice_the_bits`, which tells of small elements, as the sums do of large ones. Of sums that have

@@ -7,7 +7,7 @@ import triton.language as tl
 from .coefficients import COLUMNS, read_coefficients, read_overflow, read_scaling
 from .grad_norm import LANES, add_up
 from .master import join_master
-from .maxva import add_square, are_medium, root_of_sum, twice_the_bits, update
+from .maxva import add_square_assuming, are_medium, root_of_sum, update
 from .stored import load, load_if
 
 # Numbers that stand for the squares of a chunk: three for the parameter, three for the update.
@@ -57,18 +57,12 @@ def _sums(
             x = load_if(amsgrad, 0.0, max_denoms, at, 0, count, STATE, T, WHOLE)
         # Of a rest of 0 the parameter is the master.
         p = join_master(stored, rest) if MASTERS else stored.to(T)
-        if MEDIUM:
-            medium += p * p
-            least = tl.minimum(least, twice_the_bits(p))
-        else:
-            large, medium, small = add_square(p, large, medium, small)
+        large, medium, small, least = add_square_assuming(p, large, medium, small, least, MEDIUM)
         _, _, _, _, _, change, _, _, _ = update(p, g, m, u, s, w, x, coefficients, modes, LAPROP, AMSGRAD, False)
         change = tl.where(at < count, change, 0.0)
-        if MEDIUM:
-            update_medium += change * change
-            least = tl.minimum(least, twice_the_bits(change))
-        else:
-            update_large, update_medium, update_small = add_square(change, update_large, update_medium, update_small)
+        update_large, update_medium, update_small, least = add_square_assuming(
+            change, update_large, update_medium, update_small, least, MEDIUM
+        )
     return (large, medium, small), (update_large, update_medium, update_small), least
 
 
